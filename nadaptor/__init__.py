@@ -1,0 +1,23 @@
+"""Train networks with noisy quantized activations and run them as spiking networks, in JAX."""
+
+from nadaptor.corrections import OffsetSpikes, Srp
+from nadaptor.neurons import IntegrateAndFire, SignedIntegrateAndFire
+from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
+from nadaptor.simulation import Simulation, simulate
+from nadaptor.transformation import SpikingNetwork, spiking
+
+__all__ = [
+    "IntegrateAndFire",
+    "OffsetSpikes",
+    "SignedIntegrateAndFire",
+    "Simulation",
+    "SpikingNetwork",
+    "Srp",
+    "clipped_relu",
+    "lsq",
+    "noise_adaptor",
+    "qcfs",
+    "simulate",
+    "slip_relu",
+    "spiking",
+]

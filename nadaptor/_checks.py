@@ -1,0 +1,94 @@
+"""Argument checks of the public functions: each raises a ValueError with the value and the remedy.
+
+Values are checked only where they are concrete: a traced array has a shape and a dtype, no value.
+"""
+
+import operator
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_levels(levels: int) -> int:
+    """Returns `levels` as an int; it must be a positive integer (and not a bool)."""
+    try:
+        value = operator.index(levels)
+    except TypeError:
+        value = 0
+    if isinstance(levels, bool) or value < 1:
+        raise ValueError(f"levels must be a positive int such as 2, not {levels!r}")
+    return value
+
+
+def check_count(count: int, name: str) -> int:
+    """Returns a step count as an int; it must be at least 1."""
+    try:
+        value = operator.index(count)
+    except TypeError:
+        value = 0
+    if isinstance(count, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive int, not {count!r}")
+    return value
+
+
+def check_floating(v: jax.Array, name: str) -> jax.Array:
+    """Returns `v` as an array; it must be floating point."""
+    dtype = jnp.result_type(v)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must be floating point, not {dtype}; "
+            f"convert it first: {name}.astype('float32')"
+        )
+    return jnp.asarray(v)
+
+
+def check_key(key: jax.Array) -> jax.Array:
+    """Returns `key`; it must be one typed PRNG key."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"key must be a typed PRNG key from jax.random.key(seed), not {_brief(key)}; "
+            "a legacy uint32 key converts with jax.random.wrap_key_data(key)"
+        )
+    if key.shape:
+        raise ValueError(
+            f"key must be a single key, not an array of keys of shape {key.shape}; use jax.vmap"
+        )
+    return key
+
+
+def check_scale(scale: jax.Array, shape: tuple[int, ...], name: str) -> jax.Array:
+    """Returns `scale` as a floating point array; it must broadcast to `shape`."""
+    scale = jnp.asarray(scale)
+    if not jnp.issubdtype(scale.dtype, jnp.floating):
+        scale = scale.astype(jnp.float32)
+    try:
+        fits = jnp.broadcast_shapes(scale.shape, shape) == tuple(shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name} of shape {scale.shape} does not broadcast to the activation's shape {shape}; "
+            "pass a scalar, or one value a channel shaped to line up with the channel axis"
+        )
+    return scale
+
+
+def check_positive(scale: jax.Array, name: str) -> jax.Array:
+    """Returns `scale`; where it is concrete, every value must be finite and positive."""
+    if not isinstance(scale, jax.core.Tracer):
+        values = np.asarray(scale, np.float64)
+        wrong = values[~(np.isfinite(values) & (values > 0))]
+        if wrong.size:
+            raise ValueError(
+                f"{name} must be finite and positive, not {wrong.flat[0]!r}; start it from data "
+                "and keep it positive in training by projecting to a small floor after each update"
+            )
+    return scale
+
+
+def _brief(value: object) -> str:
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    return f"{dtype}{list(shape)}" if shape is not None else repr(value)

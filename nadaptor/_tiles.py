@@ -1,0 +1,131 @@
+"""Simulation of a batch in tiles: examples that are independent, a few at a time.
+
+On a CPU the spikes of a few examples and steps stay in the cache between one operation and the
+next, and those of a whole batch do not.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Of the largest layer's float32 values in one evaluation; the cache of one core, about.
+CACHE_BYTES = 2 * 2**20
+MOST_EXAMPLES, MOST_STEPS = 8, 4
+
+
+def choose(
+    shapes: Sequence[tuple[int, ...]], number: int, num_steps: int, backend: str
+) -> tuple[int, int]:
+    """Chooses examples a tile and steps a chunk by the size of the largest layer.
+
+    Args:
+        shapes: shape of each layer with all examples.
+        number: number of examples.
+        num_steps: T.
+        backend: of `jax.default_backend`: off the CPU, large kernels are better.
+
+    Returns:
+        The pair, each at least 1.
+
+    Example:
+        >>> choose([(32, 32, 32, 64)], number=32, num_steps=16, backend="cpu")
+        (8, 1)
+    """
+    if backend != "cpu" or not isinstance(number, int):  # a number may be a symbol in an export
+        return number, 1
+    largest = max(1, 4 * max(map(math.prod, shapes)) // max(1, number))
+    together = max(1, CACHE_BYTES // largest)
+    tile = max(1, min(number, MOST_EXAMPLES, together))
+    return tile, min(num_steps, MOST_STEPS, max(1, together // tile))
+
+
+def in_tiles(
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    axes: Sequence[int | None],
+    number: int,
+    size: int,
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[Any, tuple[jax.Array, ...], jax.Array]:
+    """Runs equal tiles of the batch one after the other, then what is left over.
+
+    Args:
+        run: simulates the examples in its arguments.
+        args: the arguments that hold all examples.
+        axes: axis of the examples in each leaf of the arguments, or None.
+        number: number of examples.
+        size: examples a tile, less than `number`.
+        shapes: shape of each layer with all examples.
+
+    Returns:
+        The three fields of a `Simulation`.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    tiles, rest = divmod(number, size)
+
+    def part(start: Any, length: int) -> Any:
+        cut = [
+            x if a is None else jax.lax.dynamic_slice_in_dim(x, start, length, a)
+            for x, a in zip(leaves, axes, strict=True)
+        ]
+        return run(*tree.unflatten(cut))
+
+    done = jax.lax.map(lambda i: part(i * size, size), jnp.arange(tiles))
+    last = part(tiles * size, rest) if rest else None
+    outputs = [done.outputs] if last is None else [done.outputs, last.outputs]
+    return (
+        jax.tree.map(functools.partial(_join, axis=1), *outputs),
+        tuple(
+            _join(x, None if last is None else last.spike_counts[i], axis=_batch_axis(x, shape))
+            for i, (x, shape) in enumerate(zip(done.spike_counts, shapes, strict=True))
+        ),
+        done.total_steps[0],
+    )
+
+
+def _join(tiles: jax.Array, last: jax.Array | None = None, *, axis: int | None) -> jax.Array:
+    """All examples along `axis`, from tiles [n, ...] and what is left over; None: all are alike."""
+    if axis is None:
+        return tiles[0]
+    whole = merge(jnp.moveaxis(tiles, 0, axis), axis)
+    return whole if last is None else jnp.concatenate([whole, last], axis)
+
+
+def _batch_axis(tiles: jax.Array, shape: tuple[int, ...]) -> int | None:
+    """The axis of a layer that grew with the examples: under `vmap` it may be any."""
+    pairs = zip(tiles.shape[1:], shape, strict=True)
+    return next((axis for axis, (tile, all_) in enumerate(pairs) if tile != all_), None)
+
+
+def examples(in_axes: Any, args: tuple[Any, ...]) -> tuple[list[int | None], int]:
+    """The axis of the examples in each leaf of the arguments, or None, and their number."""
+    if not isinstance(in_axes, Sequence):
+        in_axes = [in_axes] * len(args)
+    if len(in_axes) != len(args):
+        raise ValueError(f"in_axes has {len(in_axes)} entries for {len(args)} arguments")
+    # A None among the axes is an entry, a None among the arguments is an empty tree.
+    marked = jax.tree.map(lambda a: "shared" if a is None else a, in_axes, is_leaf=_is_none)
+    named = jax.tree.leaves([jax.tree.broadcast(a, x) for a, x in zip(marked, args, strict=True)])
+    axes = [None if a == "shared" else a for a in named]
+    shapes = [(jnp.shape(x), a) for x, a in zip(jax.tree.leaves(args), axes, strict=True)]
+    for shape, axis in shapes:
+        if axis is not None and not (isinstance(axis, int) and -len(shape) <= axis < len(shape)):
+            raise ValueError(f"in_axes has {axis!r} for an argument of shape {shape}")
+    sizes = {shape[axis] for shape, axis in shapes if axis is not None}
+    if len(sizes) != 1:
+        raise ValueError(f"in_axes={in_axes!r} must pick axes of one length, not {sorted(sizes)}")
+    return axes, sizes.pop()
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def merge(x: jax.Array, axis: int) -> jax.Array:
+    """Joins an axis and the next into one."""
+    first, second = x.shape[axis : axis + 2]
+    return x.reshape(*x.shape[:axis], first * second, *x.shape[axis + 2 :])

@@ -1,0 +1,190 @@
+"""What a simulation cost and how good it was: early exit, firing rates, layer errors.
+
+Everything here reads what `nadaptor.simulate` returns or a traced network, and changes neither.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nadaptor._checks import check_count
+from nadaptor.neurons import IntegrateAndFire, Neuron
+from nadaptor.quantizers import round_half_up
+from nadaptor.simulation import Correction, Simulation
+from nadaptor.transformation import Prepared, SpikingNetwork, spiking
+
+Reference = Literal["rounded", "clipped"]
+
+class EarlyExit(NamedTuple):
+    """When each example stops and what it has then been classified as, for M thresholds."""
+
+    steps: jax.Array  # [M, ...] int32: time steps run, 1 to T
+    predictions: jax.Array  # [M, ...] int32: class at that step
+
+
+def early_exit(outputs: jax.Array, thresholds: jax.Array) -> EarlyExit:
+    """Stops each example at the first step at which its confidence reaches a threshold.
+
+    The confidence at step t is the largest softmax probability of the running mean of the logits.
+    An example that never reaches the threshold runs for all T steps. One simulation of T steps
+    serves all thresholds: accuracy is `(predictions == labels).mean(-1)`, and the price
+    `steps.mean(-1)`.
+
+    Args:
+        outputs: running means of the logits, [T, ..., classes], as in `Simulation.outputs`.
+        thresholds: [M], confidences between 0 and 1; above 1 no example stops early.
+
+    Returns:
+        The steps and predictions, [M, ...].
+
+    Raises:
+        ValueError: `outputs` is not at least [T, classes], or `thresholds` is not a vector.
+
+    Example:
+        >>> outputs = jnp.array([[[1.0, 0.0], [0.1, 0.0]], [[1.0, 0.0], [0.0, 2.0]]])
+        >>> exits = early_exit(outputs, jnp.array([0.7, 1.1]))
+        >>> exits.steps.tolist(), exits.predictions.tolist()
+        ([[1, 2], [2, 2]], [[0, 1], [0, 1]])
+
+    Source: Li, Jones and Furber, Unleashing the potential of spiking neural networks by dynamic
+    confidence, 2023.
+    """
+    outputs, thresholds = jnp.asarray(outputs), jnp.asarray(thresholds)
+    if outputs.ndim < 2 or thresholds.ndim != 1:
+        raise ValueError(
+            "early_exit needs outputs [T, ..., classes] and a vector of thresholds, not shapes "
+            f"{outputs.shape} and {thresholds.shape}"
+        )
+    confidence = jax.nn.softmax(outputs).max(-1)
+    sure = confidence >= thresholds.reshape(-1, *[1] * confidence.ndim)
+    last = outputs.shape[0] - 1
+    index = jnp.where(sure.any(1), sure.argmax(1), last)
+    classes = outputs.argmax(-1)
+    predictions = jax.vmap(lambda i: jnp.take_along_axis(classes, i[None], 0)[0])(index)
+    return EarlyExit((index + 1).astype(jnp.int32), predictions.astype(jnp.int32))
+
+
+def firing_rates(sim: Simulation, num_steps: int) -> tuple[jax.Array, ...]:
+    """Returns each layer's mean firing rate: spikes a neuron and time step, 0 to 1.
+
+    Negative spikes count as spikes. Steps that a correction spent are not among the counted ones.
+
+    Args:
+        sim: a simulation of T steps.
+        num_steps: T.
+
+    Returns:
+        One scalar a layer.
+
+    Raises:
+        ValueError: `num_steps` is not a positive int.
+
+    Example:
+        >>> import nadaptor
+        >>> f = lambda v: nadaptor.lsq(v, 0.5, levels=2)
+        >>> sim = nadaptor.simulate(f, jnp.array([0.0, 0.5, 1.0]), num_steps=4)
+        >>> [float(rate) for rate in firing_rates(sim, num_steps=4)]
+        [0.5]
+    """
+    steps = check_count(num_steps, "num_steps")
+    return tuple(counts.mean() / steps for counts in sim.spike_counts)
+
+
+def layer_errors(
+    f: Callable[..., Any],
+    *args: Any,
+    num_steps: int,
+    reference: Reference = "rounded",
+    neuron: Neuron = IntegrateAndFire(),
+    correction: Correction | None = None,
+) -> dict[str, jax.Array]:
+    """Measures how far each layer's time-averaged spikes are from the activations they stand for.
+
+    With r = (spikes minus negative spikes)/T a neuron's rate and q = a/th the activation of the
+    network without spikes, both as shares of the threshold, the error of a layer is `mean|r - q|`.
+    Where the list first grows is where the conversion loses the network.
+
+    Args:
+        f: function whose activations are quantizers of `nadaptor`.
+        *args: its arguments.
+        num_steps: T.
+        reference: "rounded" compares with round(clip(x, 0, p)), the activations of `lsq`, `qcfs`
+            and the noise adaptor; "clipped" with clip(x, 0, p), their limit over time and the
+            activation of `clipped_relu`.
+        neuron: as in `nadaptor.simulate`.
+        correction: as in `nadaptor.simulate`.
+
+    Returns:
+        The error of each layer by its name, in the order of evaluation.
+
+    Raises:
+        ValueError: as `nadaptor.simulate`, or an unknown reference.
+
+    Example:
+        >>> import nadaptor
+        >>> f = lambda v: nadaptor.lsq(v, 0.5, levels=2)
+        >>> errors = layer_errors(f, jnp.array([0.2, 0.6]), num_steps=2)
+        >>> [float(error) for error in errors.values()]
+        [0.0]
+    """
+    if reference not in ("rounded", "clipped"):
+        raise ValueError(f"reference must be 'rounded' or 'clipped', not {reference!r}")
+    net = spiking(f, *args, neuron=neuron)
+    prepared = net.prepare(*args)
+    wanted = analog_activations(net, prepared, reference)
+    rates = _rates(net, prepared, check_count(num_steps, "num_steps"), correction)
+    return {
+        layer.name: jnp.abs(rate - q / layer.levels).mean()
+        for layer, rate, q in zip(net.layers, rates, wanted, strict=True)
+    }
+
+
+def analog_activations(
+    net: SpikingNetwork, prepared: Prepared, reference: Reference = "clipped"
+) -> list[jax.Array]:
+    """Evaluates a network once, with its activations in place of neurons.
+
+    Args:
+        net: from `nadaptor.spiking`.
+        prepared: from `net.prepare`.
+        reference: the activation, as in `layer_errors`.
+
+    Returns:
+        Each layer's activations, in units of its scale.
+    """
+    seen: list[jax.Array] = []
+
+    def fire(i: int, x: jax.Array) -> jax.Array:
+        clipped = jnp.clip(x, 0, net.layers[i].levels)
+        seen.append(round_half_up(clipped) if reference == "rounded" else clipped)
+        return seen[-1]
+
+    net.propagate(prepared, fire)
+    return seen
+
+
+def _rates(
+    net: SpikingNetwork, prepared: Prepared, num_steps: int, correction: Correction | None
+) -> list[jax.Array]:
+    """Mean output of every neuron over T steps, in units of its threshold, signs included."""
+    state = net.place(correction.start(net, prepared)) if correction else net.init(prepared)
+    totals = net.place([jnp.zeros(layer.shape, jnp.float32) for layer in net.layers])
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        state, totals = carry
+        outs, new = [], []
+
+        def fire(i: int, x: jax.Array) -> jax.Array:
+            after, out = net.neuron.step(state[i], x, net.layers[i].levels)
+            new.append(after)
+            outs.append(out)
+            return out
+
+        net.propagate(prepared, fire)
+        return (tuple(new), tuple(a + b for a, b in zip(totals, outs, strict=True))), None
+
+    (_, totals), _ = jax.lax.scan(step, (state, totals), length=num_steps)
+    pairs = zip(totals, net.layers, strict=True)
+    return [total / (num_steps * layer.levels) for total, layer in pairs]

@@ -1,0 +1,349 @@
+"""Conversion without training: thresholds, biases and start potentials measured on data.
+
+A network that was trained with ReLU has no thresholds. Written with `clipped_relu` in the place of
+each ReLU (at any positive threshold) it converts, and the functions here measure what its neurons
+need: on one batch, from the activations that the network has without any clip. The result is a
+`Calibration`, a pytree of plain arrays; it is put on a traced network, which changes no parameter:
+
+    calibration = calibrate_thresholds(f, params, images)
+    net = calibration.apply(nadaptor.spiking(f, params, others))
+    sim = run_network(net, net.prepare(params, others), num_steps=64)
+
+Everything is exact over the batch it is given, which has to fit into memory; several hundred images
+are customary. All functions can be jitted.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nadaptor._checks import check_count
+from nadaptor.transformation import Prepared, SpikingNetwork, spiking
+
+Rule = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+"""Maps activations >= 0 and the axes to reduce (kept, with length 1) to a threshold."""
+
+_SMALLEST = 1e-6
+
+
+class Calibration(NamedTuple):
+    """What a calibration has found, one array a layer, each broadcastable to the layer's shape.
+
+    All are in units of the layer's scale, which for `clipped_relu` is its threshold.
+    """
+
+    thresholds: tuple[jax.Array, ...]
+    starts: tuple[jax.Array, ...]  # potential before the first step
+    biases: tuple[jax.Array, ...]  # current added at every step
+
+    def apply(self, net: SpikingNetwork) -> SpikingNetwork:
+        """Returns a network with these thresholds, start potentials and biases.
+
+        Args:
+            net: from `nadaptor.spiking`, of the function that was calibrated; the batch may be of
+                another size than the calibration's.
+
+        Returns:
+            The network, for `nadaptor.simulation.run_network`. Corrections and other neurons work
+            with it as with any.
+
+        Raises:
+            ValueError: the network has another number of layers.
+        """
+        if len(net.layers) != len(self.thresholds):
+            raise ValueError(
+                f"the calibration is of {len(self.thresholds)} layers and the network has "
+                f"{len(net.layers)}; calibrate the function that you convert"
+            )
+        layers = tuple(
+            layer._replace(levels=threshold, start=start, bias=bias)
+            for layer, threshold, start, bias in zip(net.layers, *self, strict=True)
+        )
+        return dataclasses.replace(net, layers=layers)
+
+
+def maximum() -> Rule:
+    """The largest activation: nothing is clipped, and most neurons fire seldom.
+
+    Example:
+        >>> maximum()(jnp.array([0.0, 1.0, 4.0]), (0,)).item()
+        4.0
+
+    Source: Diehl et al., Fast-classifying, high-accuracy spiking deep networks, 2015.
+    """
+    return lambda a, axes: a.max(axes, keepdims=True)
+
+
+def percentile(percent: float = 99.9) -> Rule:
+    """The percentile of the activations that are not zero.
+
+    Args:
+        percent: 99.9 is usual; 99 is faster over time and clips more.
+
+    Raises:
+        ValueError: `percent` is not above 0 and at most 100.
+
+    Example:
+        >>> percentile(50)(jnp.array([0.0, 0.0, 1.0, 2.0, 9.0]), (0,)).item()
+        2.0
+
+    Source: Rueckauer et al., 2017.
+    """
+    if not 0 < percent <= 100:
+        raise ValueError(f"percent must be above 0 and at most 100, not {percent!r}")
+
+    def rule(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        return jnp.nanpercentile(jnp.where(a > 0, a, jnp.nan), percent, axes, keepdims=True)
+
+    return rule
+
+
+def smallest_error(num_steps: int) -> Rule:
+    """The threshold at which T steps represent the activations best (MMSE).
+
+    Of the 95 candidates `max * (1 - 0.01 i)`, i = 0 to 94, the one with the smallest mean of
+    `(a - th*clip(floor(T*a/th + 1/2)/T, 0, 1))^2`: what T steps of a neuron that starts at th/2
+    make of a constant input.
+
+    Args:
+        num_steps: T, the number of steps that the network is going to run.
+
+    Raises:
+        ValueError: `num_steps` is not a positive int.
+
+    Example:
+        >>> a = jnp.array([1.0, 1.0, 1.0, 1.02])
+        >>> round(smallest_error(1)(a, (0,)).item(), 2)
+        1.01
+
+    Source: Li et al., A free lunch from ANN: towards efficient, accurate spiking neural networks
+    calibration, 2021.
+    """
+    steps = check_count(num_steps, "num_steps")
+
+    def rule(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        largest = a.max(axes, keepdims=True)
+
+        def error(factor: jax.Array) -> jax.Array:
+            th = jnp.maximum(largest * factor, _SMALLEST)
+            rounded = th * jnp.clip(jnp.floor(steps * a / th + 0.5) / steps, 0, 1)
+            return ((a - rounded) ** 2).mean(axes, keepdims=True)
+
+        factors = 1 - 0.01 * jnp.arange(95)
+        return largest * factors[jax.lax.map(error, factors).argmin(0)]
+
+    return rule
+
+
+def calibrate_thresholds(
+    f: Callable[..., Any],
+    *args: Any,
+    rule: Rule | None = None,
+    channel_axis: int | None = None,
+) -> Calibration:
+    """Measures each layer's threshold on the network with plain ReLUs.
+
+    Args:
+        f: function with `clipped_relu` in the place of each ReLU. Its thresholds are not used: the
+            activations are measured without a clip.
+        *args: its arguments, with a batch of data.
+        rule: `maximum()`, `percentile(...)` or `smallest_error(...)`; None for `percentile(99.9)`.
+        channel_axis: axis of the layers' arrays along which each entry has a threshold of its own;
+            None for one threshold a layer.
+
+    Returns:
+        The thresholds, start potentials of half of them, and no biases.
+
+    Raises:
+        ValueError: `f` cannot be converted (see `nadaptor.spiking`).
+
+    Example:
+        >>> import nadaptor
+        >>> f = lambda v: nadaptor.clipped_relu(v, 1.0)
+        >>> found = calibrate_thresholds(f, jnp.array([-1.0, 2.0, 4.0]), rule=maximum())
+        >>> found.thresholds[0].item(), found.starts[0].item(), found.biases[0].item()
+        (4.0, 2.0, 0.0)
+
+    Source: Rueckauer et al., Conversion of continuous-valued deep networks to efficient
+    event-driven networks for image classification, 2017.
+    """
+    net = spiking(f, *args)
+    rule = percentile() if rule is None else rule
+    found = [
+        rule(a, _other_axes(a, channel_axis)) for a in _relu_activations(net, net.prepare(*args))
+    ]
+    # A layer, or channel, that is silent on the whole batch keeps the threshold it has.
+    usable = [jnp.where(th > _SMALLEST, th, 1.0).astype(jnp.float32) for th in found]
+    return Calibration(
+        tuple(usable), tuple(th / 2 for th in usable), tuple(jnp.zeros_like(th) for th in usable)
+    )
+
+
+def calibrate_biases(
+    f: Callable[..., Any],
+    *args: Any,
+    calibration: Calibration,
+    num_steps: int,
+    channel_axis: int = -1,
+) -> Calibration:
+    """Adds to each channel's bias what its mean activation lacks after T steps.
+
+    Layer by layer, each running on the corrected spikes of those before it:
+    `bias += mean(ANN) - mean(SNN)`, the means over the batch and all positions, with the ReLU
+    network as the ANN. All T steps of a layer are in memory at once: use a small batch.
+
+    Args:
+        f: function with `clipped_relu` in the place of each ReLU.
+        *args: its arguments, with a batch of data.
+        calibration: the thresholds to begin with.
+        num_steps: T, the number of steps that the network is going to run.
+        channel_axis: axis of the layers' arrays that a bias belongs to.
+
+    Returns:
+        The calibration with biases.
+
+    Raises:
+        ValueError: `num_steps` is not a positive int, or `f` cannot be converted.
+
+    Example:
+        >>> import nadaptor
+        >>> f = lambda v: nadaptor.clipped_relu(v, 1.0)
+        >>> v = jnp.array([[0.1], [0.2]])  # one channel of mean 0.15, silent in 2 steps
+        >>> start = calibrate_thresholds(f, v, rule=lambda a, axes: jnp.ones((1, 1)))
+        >>> found = calibrate_biases(f, v, calibration=start, num_steps=2)
+        >>> round(found.biases[0].item(), 3)
+        0.15
+
+    Source: Li et al., A free lunch from ANN, 2021 (light pipeline).
+    """
+
+    def adjust(missing: jax.Array, i: int, current: Calibration) -> Calibration:
+        mean = missing.mean(_other_axes(missing, channel_axis), keepdims=True)
+        return current._replace(biases=_put(current.biases, i, current.biases[i] + mean))
+
+    return _layer_by_layer(f, args, calibration, num_steps, adjust)
+
+
+def calibrate_potentials(
+    f: Callable[..., Any],
+    *args: Any,
+    calibration: Calibration,
+    num_steps: int,
+    batch_axis: int = 0,
+) -> Calibration:
+    """Raises each neuron's start potential by what it lacks over T steps.
+
+    As `calibrate_biases`, but at once instead of at every step, and for each neuron of its own:
+    `start += T * (mean(ANN) - mean(SNN))`, the means over the batch.
+
+    Args:
+        f: function with `clipped_relu` in the place of each ReLU.
+        *args: its arguments, with a batch of data.
+        calibration: the thresholds to begin with.
+        num_steps: T, the number of steps that the network is going to run.
+        batch_axis: axis of the layers' arrays that the examples lie along.
+
+    Returns:
+        The calibration with start potentials.
+
+    Raises:
+        ValueError: `num_steps` is not a positive int, or `f` cannot be converted.
+
+    Example:
+        >>> import nadaptor
+        >>> f = lambda v: nadaptor.clipped_relu(v, 1.0)
+        >>> v = jnp.array([[0.1], [0.2]])
+        >>> start = calibrate_thresholds(f, v, rule=lambda a, axes: jnp.ones((1, 1)))
+        >>> found = calibrate_potentials(f, v, calibration=start, num_steps=2)
+        >>> round(found.starts[0].item(), 3)  # 0.5 + 2 * 0.15
+        0.8
+
+    Source: Li et al., A free lunch from ANN, 2021.
+    """
+
+    def adjust(missing: jax.Array, i: int, current: Calibration) -> Calibration:
+        mean = num_steps * missing.mean(batch_axis, keepdims=True)
+        return current._replace(starts=_put(current.starts, i, current.starts[i] + mean))
+
+    return _layer_by_layer(f, args, calibration, num_steps, adjust)
+
+
+def shift_biases(calibration: Calibration, num_steps: int) -> Calibration:
+    """Spreads the pre-charge th/2 over T steps: start 0, and th/(2T) added at every step.
+
+    After T steps the sum is the same; before, fewer neurons have fired.
+
+    Args:
+        calibration: thresholds and biases.
+        num_steps: T.
+
+    Raises:
+        ValueError: `num_steps` is not a positive int.
+
+    Example:
+        >>> one = jnp.ones(())
+        >>> shifted = shift_biases(Calibration((one,), (one / 2,), (0 * one,)), num_steps=4)
+        >>> shifted.starts[0].item(), shifted.biases[0].item()
+        (0.0, 0.125)
+
+    Source: Deng and Gu, Optimal conversion of conventional artificial neural networks to spiking
+    neural networks, 2021 (OPT).
+    """
+    steps = check_count(num_steps, "num_steps")
+    pairs = zip(calibration.biases, calibration.thresholds, strict=True)
+    return calibration._replace(
+        starts=tuple(jnp.zeros_like(start) for start in calibration.starts),
+        biases=tuple(bias + th / (2 * steps) for bias, th in pairs),
+    )
+
+
+def _relu_activations(net: SpikingNetwork, prepared: Prepared) -> list[jax.Array]:
+    """Each layer's activations with max(x, 0) in place of neurons, in units of its scale."""
+    seen: list[jax.Array] = []
+
+    def fire(i: int, x: jax.Array) -> jax.Array:
+        seen.append(jnp.maximum(x, 0))
+        return seen[-1]
+
+    net.propagate(prepared, fire)
+    return seen
+
+
+def _layer_by_layer(
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    calibration: Calibration,
+    num_steps: int,
+    adjust: Callable[[jax.Array, int, Calibration], Calibration],
+) -> Calibration:
+    """Runs T steps of each layer, adjusts it by mean(ANN) - mean(SNN), and passes on its spikes."""
+    steps = check_count(num_steps, "num_steps")
+    net = spiking(f, *args)
+    prepared = net.prepare(*args)
+    wanted = _relu_activations(net, prepared)
+    current = calibration
+
+    def run(i: int, x: jax.Array) -> jax.Array:
+        layer, threshold = net.layers[i], current.thresholds[i]
+        state = net.neuron.init(layer.shape, threshold, current.starts[i])
+        currents = x + current.biases[i]
+        return jax.lax.scan(lambda s, c: net.neuron.step(s, c, threshold), state, currents)[1]
+
+    def fire(i: int, x: jax.Array) -> jax.Array:
+        nonlocal current
+        current = adjust(wanted[i] - run(i, x).mean(0), i, current)
+        return run(i, x)
+
+    net.propagate(prepared, fire, steps=steps)
+    return current
+
+
+def _other_axes(x: jax.Array, axis: int | None) -> tuple[int, ...]:
+    return tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
+
+
+def _put(values: tuple[jax.Array, ...], i: int, value: jax.Array) -> tuple[jax.Array, ...]:
+    return (*values[:i], value, *values[i + 1 :])

@@ -1,0 +1,294 @@
+"""Activations to train with: each rounds its input to a few levels and names the neuron it becomes.
+
+Every activation here is `scale * q(v / scale)`, with `q` inside a mark that `nadaptor.spiking`
+finds (see `_marks.py`). Rounding is `floor(x + 0.5)`: a neuron that fires at `u >= levels` rounds
+ties up, and with the same rule the quantized and the spiking network agree exactly.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nadaptor._checks import check_key, check_levels, check_positive
+from nadaptor._marks import Activation, Mark, apply_activation, decode, encode
+
+GradientMode = Literal["paper", "exact"]
+ClipOrder = Literal["last", "first"]
+
+
+def lsq(
+    v: jax.Array, scale: jax.Array, levels: int, *, gradient_scale: float = 1.0
+) -> jax.Array:
+    """Quantizes to `scale * {0, ..., levels}` with a learnable step size (Eq. 3-5).
+
+    Forward: `s * round(clip(v/s, 0, p))`. Backward, with x = v/s: dy/dv is 1 where 0 < x < p and 0
+    elsewhere; dy/ds is 0 below, round(x) - x inside and p above. It is also the noise adaptor with
+    the noise off.
+
+    Args:
+        v: pre-activation, any shape, floating point.
+        scale: quantization step s > 0 in the units of v; a scalar, or broadcastable to v.
+        levels: p, a positive integer; the neuron's threshold is `levels * scale`.
+        gradient_scale: factor on the gradient of `scale` (LSQ uses 1/sqrt(N*p), N the features of
+            one sample in the layer).
+
+    Returns:
+        The quantized activation, with the shape and dtype of `v`.
+
+    Raises:
+        ValueError: `levels` is not a positive int, `v` is not floating point, or `scale` does not
+            broadcast to `v` or is concrete and not positive.
+
+    Example:
+        >>> lsq(jnp.array([-1.0, 0.24, 0.25, 9.0]), 0.5, levels=2)
+        Array([0. , 0. , 0.5, 1. ], dtype=float32)
+
+    Source: Noise Adaptor, Eq. 3-5; Esser et al., Learned step size quantization, 2019.
+    """
+    return apply_activation(_lsq(check_levels(levels)), v, scale, None, gradient_scale)
+
+
+def noise_adaptor(
+    key: jax.Array,
+    v: jax.Array,
+    scale: jax.Array,
+    levels: int,
+    *,
+    amplitude: float = 0.5,
+    gradient: GradientMode = "paper",
+    gradient_scale: float = 1.0,
+) -> jax.Array:
+    """Quantizes like `lsq` with uniform noise before the clip: stochastic rounding (Eq. 7-10).
+
+    Forward: `s * round(clip(x, 0, p))` with `x = v/s + eps` and `eps ~ U(-amplitude, amplitude)`,
+    one draw for each element. Backward uses the same draw: dy/dv is 1 where 0 < x < p and 0
+    elsewhere; dy/ds is 0 below, round(x) - x inside and p above. At amplitude 0.5 the mean over the
+    noise is `clip(v, 0, p*s)`.
+
+    Args:
+        key: typed PRNG key (`jax.random.key`), consumed by this call.
+        v: pre-activation, any shape, floating point.
+        scale: quantization step s > 0 in the units of v; a scalar, or broadcastable to v.
+        levels: p, a positive integer; the neuron's threshold is `levels * scale`.
+        amplitude: half-width of the noise, in units of the scale; the paper uses 0.5 and discusses
+            larger values in section 4.3.
+        gradient: "paper" is Eq. 10; "exact" is the straight-through derivative of Eq. 7, whose
+            inside term is round(x) - v/s and so differs from Eq. 10 by the zero-mean eps.
+        gradient_scale: factor on the gradient of `scale`, as in `lsq`.
+
+    Returns:
+        The quantized activation, with the shape and dtype of `v`.
+
+    Raises:
+        ValueError: as `lsq`; also for a legacy uint32 key, a negative amplitude, or an unknown
+            gradient mode.
+
+    Example:
+        >>> y = noise_adaptor(jax.random.key(0), jnp.full((10_000,), 0.3), 1.0, levels=2)
+        >>> abs(float(y.mean()) - 0.3) < 0.02
+        True
+
+    Source: Noise Adaptor, Eq. 7-10.
+    """
+    if gradient not in ("paper", "exact"):
+        raise ValueError(f"gradient must be 'paper' or 'exact', not {gradient!r}")
+    if not (np.isfinite(amplitude) and amplitude >= 0):
+        raise ValueError(f"amplitude must be a number >= 0, not {amplitude!r} (the paper uses 0.5)")
+    activation = _noise_adaptor(check_levels(levels), float(amplitude), gradient)
+    return apply_activation(activation, v, scale, check_key(key), gradient_scale)
+
+
+def clipped_relu(v: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Clips to [0, threshold]: what a neuron's firing rate tends to over many time steps.
+
+    Backward: dy/dv is 1 where 0 < v < threshold and 0 elsewhere; dy/dthreshold is 1 above the
+    threshold and 0 elsewhere.
+
+    Args:
+        v: pre-activation, any shape, floating point.
+        threshold: th > 0 in the units of v; a scalar, or broadcastable to v.
+
+    Returns:
+        The clipped activation, with the shape and dtype of `v`.
+
+    Raises:
+        ValueError: `v` is not floating point, or `threshold` does not broadcast to `v` or is
+            concrete and not positive.
+
+    Example:
+        >>> clipped_relu(jnp.array([-1.0, 0.3, 9.0]), 2.0)
+        Array([0. , 0.3, 2. ], dtype=float32)
+
+    Source: Noise Adaptor, section 4.4; Ho and Chang, TCL, 2021.
+    """
+    return apply_activation(_clipped_relu(), v, threshold, name="threshold")
+
+
+def qcfs(
+    v: jax.Array, threshold: jax.Array, levels: int, *, clip: ClipOrder = "last"
+) -> jax.Array:
+    """Quantizes clip-floor-shift, with the threshold as the learnable parameter.
+
+    Forward: `th * clip(floor(L*v/th + 0.5)/L, 0, 1)`, the values of `lsq` at the scale th/L.
+    Backward, the floor straight-through: inside the pass region dy/dv is 1 and dy/dth is
+    (y - v)/th; below it both are 0, above it 0 and 1. The region of v/th is
+    `[-0.5/L, 1 + 0.5/L)` with the clip last and `[0, 1]` with the clip first: both orders are
+    published, and they differ in nothing else.
+
+    Args:
+        v: pre-activation, any shape, floating point.
+        threshold: th > 0 in the units of v; a scalar, or broadcastable to v. The authors start it
+            at 8.0; starts of 4.0 and less were reported to go negative in training.
+        levels: L, a positive integer.
+        clip: "last" or "first".
+
+    Returns:
+        The quantized activation, with the shape and dtype of `v`.
+
+    Raises:
+        ValueError: as `lsq`, or for an unknown clip order.
+
+    Example:
+        >>> qcfs(jnp.array([-1.0, 0.9, 1.0, 9.0]), 4.0, levels=2)
+        Array([0., 0., 2., 4.], dtype=float32)
+
+    Source: Bu et al., Optimal ANN-SNN conversion for high-accuracy and ultra-low-latency spiking
+    neural networks, 2022.
+    """
+    if clip not in ("last", "first"):
+        raise ValueError(f"clip must be 'last' or 'first', not {clip!r}")
+    levels = check_levels(levels)
+    return _by_threshold(_qcfs(levels, clip), v, threshold, levels)
+
+
+def slip_relu(
+    v: jax.Array,
+    threshold: jax.Array,
+    levels: int,
+    *,
+    slope: float = 0.5,
+    shift: float = 0.0,
+    floor_shift: float = 0.5,
+) -> jax.Array:
+    """Mixes a clipped ReLU with the clip-floor-shift function.
+
+    Forward: `a*th*clip(v/th + d1/N, 0, 1) + (1-a)*th*clip(floor(N*v/th + d2)/N, 0, 1)`. Backward
+    is the derivative with the floor straight-through: dy/dv = a*[0 <= v/th + d1/N <= 1] +
+    (1-a)*[0 <= floor(N*v/th + d2) <= N], and dy/dth = (y - v*dy/dv)/th. At a = 0 it is `qcfs`, at
+    a = 1 (and d1 = 0) `clipped_relu`. Its neuron starts at d2 * th.
+
+    Args:
+        v: pre-activation, any shape, floating point.
+        threshold: th > 0 in the units of v; a scalar, or broadcastable to v.
+        levels: N, a positive integer.
+        slope: a, between 0 and 1.
+        shift: d1, in units of th/N.
+        floor_shift: d2, in units of th/N.
+
+    Returns:
+        The activation, with the shape and dtype of `v`.
+
+    Raises:
+        ValueError: as `lsq`, or for a slope outside [0, 1].
+
+    Example:
+        >>> slip_relu(jnp.array([-1.0, 0.9, 1.0, 9.0]), 4.0, levels=2)
+        Array([0.  , 0.45, 1.5 , 4.  ], dtype=float32)
+
+    Source: Jiang et al., A unified optimization framework of ANN-SNN conversion, 2023.
+    """
+    if not 0 <= slope <= 1:
+        raise ValueError(f"slope must be between 0 and 1, not {slope!r}")
+    levels = check_levels(levels)
+    activation = _slip_relu(levels, float(slope), float(shift), float(floor_shift))
+    return _by_threshold(activation, v, threshold, levels)
+
+
+def round_half_up(x: jax.Array) -> jax.Array:
+    """Rounds to the nearest integer, ties up, as an integrate-and-fire neuron does."""
+    return jnp.floor(x + 0.5)
+
+
+@functools.cache
+def _lsq(levels: int) -> Activation:
+    def residual(x, noisy):
+        return encode(x <= 0, x >= levels, round_half_up(x) - x)
+
+    return Activation(_mark(levels), _noiseless, _round(levels), residual, decode(levels))
+
+
+@functools.cache
+def _noise_adaptor(levels: int, amplitude: float, gradient: str) -> Activation:
+    def perturb(x, key):
+        return x + jax.random.uniform(key, x.shape, x.dtype, -amplitude, amplitude)
+
+    def residual(x, noisy):
+        reference = noisy if gradient == "paper" else x
+        return encode(noisy <= 0, noisy >= levels, round_half_up(noisy) - reference)
+
+    return Activation(_mark(levels), perturb, _round(levels), residual, decode(levels))
+
+
+@functools.cache
+def _clipped_relu() -> Activation:
+    def forward(x):
+        return jnp.clip(x, 0, 1)
+
+    def residual(x, noisy):
+        return encode(x <= 0, x >= 1, jnp.zeros_like(x))
+
+    return Activation(_mark(1), _noiseless, forward, residual, decode(1))
+
+
+def _mark(levels: int) -> Mark:
+    return Mark(levels, levels / 2)
+
+
+def _noiseless(x: jax.Array, key: None) -> jax.Array:
+    return x
+
+
+@functools.cache
+def _round(levels: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: round_half_up(jnp.clip(x, 0, levels))
+
+
+@functools.cache
+def _qcfs(levels: int, clip: str) -> Activation:
+    def residual(x, noisy):
+        rounded = round_half_up(x)
+        edges = (x < 0, x > levels) if clip == "first" else (rounded < 0, rounded > levels)
+        return encode(*edges, jnp.clip(rounded, 0, levels) - x)
+
+    return Activation(_mark(levels), _noiseless, _round(levels), residual, decode(levels))
+
+
+@functools.cache
+def _slip_relu(levels: int, slope: float, shift: float, floor_shift: float) -> Activation:
+    def forward(x):
+        linear = jnp.clip(x + shift, 0, levels)
+        return slope * linear + (1 - slope) * jnp.clip(jnp.floor(x + floor_shift), 0, levels)
+
+    def slopes(x):
+        linear, floored = x + shift, jnp.floor(x + floor_shift)
+        dv = slope * _within(linear, levels) + (1 - slope) * _within(floored, levels)
+        return dv, forward(x) - x * dv
+
+    mark = Mark(levels, floor_shift * levels)
+    return Activation(mark, _noiseless, forward, lambda x, noisy: x, slopes)
+
+
+def _within(x: jax.Array, levels: int) -> jax.Array:
+    return ((x >= 0) & (x <= levels)).astype(x.dtype)
+
+
+def _by_threshold(
+    activation: Activation, v: jax.Array, threshold: jax.Array, levels: int
+) -> jax.Array:
+    """Applies an activation whose parameter is the threshold `levels * scale`."""
+    threshold = check_positive(jnp.asarray(threshold), "threshold")
+    return apply_activation(activation, v, threshold / levels, name="threshold")

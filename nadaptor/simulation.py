@@ -1,0 +1,191 @@
+"""The simulation of a spiking network over time: one `lax.scan` that carries the membrane state.
+
+Several time steps may be folded into the batch (`steps_per_chunk`): each operation between neurons
+then runs once on the spikes of K steps, and only the neurons go through them one by one. Memory
+grows with K and not with the number of steps.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from nadaptor._checks import check_count
+from nadaptor._tiles import choose, examples, in_tiles, merge
+from nadaptor.neurons import IntegrateAndFire, Neuron, State
+from nadaptor.transformation import Prepared, SpikingNetwork, place_like, spiking
+
+
+class Correction(Protocol):
+    """What the simulator asks of a correction: a better start state, bought with some steps."""
+
+    num_steps: int
+
+    def start(self, net: SpikingNetwork, prepared: Prepared) -> tuple[State, ...]:
+        """Returns the state from which the counted steps begin."""
+        ...
+
+
+class Simulation(NamedTuple):
+    """What a simulation of T steps gives."""
+
+    outputs: Any  # pytree of [T, ...]: at index t - 1, the mean of the outputs of steps 1 to t
+    spike_counts: tuple[jax.Array, ...]  # a layer: int32, spikes of each neuron in T steps
+    total_steps: int | jax.Array  # T, and the steps that the correction spent
+
+
+class _Carry(NamedTuple):
+    state: tuple[State, ...]
+    total: Any
+    counts: tuple[jax.Array, ...]
+    time: jax.Array
+
+
+def simulate(
+    f: Callable[..., Any],
+    *args: Any,
+    num_steps: int,
+    neuron: Neuron = IntegrateAndFire(),
+    correction: Correction | None = None,
+    steps_per_chunk: int | None = None,
+    in_axes: int | Sequence[Any] | None = None,
+    tile_size: int | None = None,
+    fast_convolution: bool = False,
+) -> Simulation:
+    """Simulates a function with quantized activations as a spiking network over T time steps.
+
+    The analog input is the same at every step, and the output at step t is the mean over the steps
+    so far. A call traces `f` anew: for speed, `jax.jit` the function that calls it, once for each
+    shape.
+
+    Args:
+        f: function whose activations are quantizers of `nadaptor`; see `nadaptor.spiking`.
+        *args: its arguments, pytrees of arrays.
+        num_steps: T, the number of time steps.
+        neuron: the neuron of all layers.
+        correction: prepares the start state, such as `OffsetSpikes` or `Srp`; None for none.
+        steps_per_chunk: K, the steps folded into one evaluation of the operations between
+            neurons; None for 1, and with `in_axes` for a number that suits the machine. T need not
+            be a multiple. The result is the same up to the rounding of sums that XLA regroups.
+        in_axes: as in `jax.vmap`, declares that `f` treats the examples along these axes of its
+            arguments independently, and that its outputs have them along axis 0. None for no
+            assumption.
+        tile_size: number of examples to simulate at a time (needs `in_axes`); None for as many as
+            stay in the cache on a CPU, and for all elsewhere or without `in_axes`.
+        fast_convolution: as in `nadaptor.spiking`: faster on a CPU, and a few spikes may flip.
+
+    Returns:
+        A `Simulation`: running means `outputs` with time as the leading axis, `spike_counts` and
+        `total_steps`.
+
+    Raises:
+        ValueError: a count is not a positive int, `tile_size` is given without `in_axes`, or `f`
+            cannot be converted (see `nadaptor.spiking`).
+
+    Example:
+        >>> import nadaptor
+        >>> f = lambda v: nadaptor.lsq(v, 0.5, levels=2)
+        >>> sim = nadaptor.simulate(f, jnp.array([0.2, 0.6, 2.0]), num_steps=4)
+        >>> sim.outputs[3], sim.spike_counts
+        (Array([0.25, 0.5 , 1.  ], dtype=float32), (Array([1, 2, 4], dtype=int32),))
+
+    Source: Noise Adaptor, Eq. 1, 2 and section 5.1.
+    """
+    num_steps = check_count(num_steps, "num_steps")
+    for name, value in (("steps_per_chunk", steps_per_chunk), ("tile_size", tile_size)):
+        _ = value is None or check_count(value, name)
+    if tile_size is not None and in_axes is None:
+        raise ValueError(
+            f"tile_size={tile_size} needs in_axes, as in jax.vmap, to say which axes of the "
+            "arguments hold independent examples; for f(params, images): in_axes=(None, 0)"
+        )
+
+    def run(*args: Any, chunk: int = steps_per_chunk or 1) -> Simulation:
+        net = spiking(f, *args, neuron=neuron, fast_convolution=fast_convolution)
+        prepared = net.prepare(*args)
+        return run_network(net, prepared, num_steps, min(chunk, num_steps), correction)
+
+    if in_axes is None:
+        return run(*args)
+    axes, number = examples(in_axes, args)
+    shapes = [layer.shape for layer in spiking(f, *args).layers]
+    tile, chunk = choose(shapes, number, num_steps, jax.default_backend())
+    run = functools.partial(run, chunk=steps_per_chunk or chunk)
+    tile = tile if tile_size is None else tile_size
+    if tile >= number:
+        return run(*args)
+    return Simulation(*in_tiles(run, args, axes, number, tile, shapes))
+
+
+def run_network(
+    net: SpikingNetwork,
+    prepared: Prepared,
+    num_steps: int,
+    steps_per_chunk: int = 1,
+    correction: Correction | None = None,
+) -> Simulation:
+    """Simulates a network that is already converted and prepared; `simulate` says the rest.
+
+    Args:
+        net: from `nadaptor.spiking`.
+        prepared: from `net.prepare`.
+        num_steps: T.
+        steps_per_chunk: K, at most T.
+        correction: prepares the start state, or None.
+
+    Returns:
+        A `Simulation`.
+    """
+    carry = _start(net, prepared, correction)
+    chunks, rest = divmod(num_steps, steps_per_chunk)
+
+    def body(carry: _Carry, _: None) -> tuple[_Carry, Any]:
+        return _chunk(net, prepared, carry, steps_per_chunk)
+
+    carry, outputs = jax.lax.scan(body, carry, length=chunks)
+    outputs = jax.tree.map(lambda x: merge(x, 0), outputs)
+    if rest:
+        carry, last = _chunk(net, prepared, carry, rest)
+        outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
+    spent = num_steps + (correction.num_steps if correction else 0)
+    return Simulation(outputs, carry.counts, spent)
+
+
+def _start(net: SpikingNetwork, prepared: Prepared, correction: Correction | None) -> _Carry:
+    state = net.place(correction.start(net, prepared)) if correction else net.init(prepared)
+    out = jax.eval_shape(net.step, state, prepared)[1]
+
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return place_like(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), x)
+
+    counts = net.place([jnp.zeros(layer.shape, jnp.int32) for layer in net.layers])
+    return _Carry(state, jax.tree.map(zeros, out), counts, jnp.int32(0))
+
+
+def _chunk(
+    net: SpikingNetwork, prepared: Prepared, carry: _Carry, size: int
+) -> tuple[_Carry, Any]:
+    """Runs `size` steps together; returns the new carry and the running mean at each of them."""
+    state, counts = list(carry.state), list(carry.counts)
+
+    def fire(i: int, x: jax.Array) -> jax.Array:
+        levels = net.layers[i].levels
+        state[i], out = jax.lax.scan(
+            lambda s, current: net.neuron.step(s, current, levels), state[i], x, unroll=size <= 8
+        )
+        # XLA may divide by a constant through its reciprocal: 21 / 7 need not be 3.
+        counts[i] += jnp.round(jnp.abs(out).sum(0) / levels).astype(jnp.int32)
+        return out
+
+    out = net.propagate(prepared, fire, steps=size)
+    total, sums = jax.lax.scan(_add, carry.total, out)
+    steps = carry.time + 1 + jnp.arange(size)
+    means = jax.tree.map(lambda x: x / steps.reshape(-1, *[1] * (x.ndim - 1)), sums)
+    return _Carry(tuple(state), total, tuple(counts), carry.time + size), means
+
+
+def _add(total: Any, out: Any) -> tuple[Any, Any]:
+    total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out)
+    return total, total

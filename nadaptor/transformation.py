@@ -1,0 +1,315 @@
+"""The transformation of a function with quantized activations into a spiking network.
+
+As `jax.grad(f)` differentiates f, `spiking(f, *args)` replaces every quantized activation in f by a
+neuron with a state. The function is traced and its operations are split in two: the *static* part,
+which no spike reaches (the first layer on the analog input, every transform of a weight), is
+evaluated once by `prepare`; the *spiking* part runs at every time step.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.sharding import AxisType
+
+from nadaptor._affine import check_affine, check_no_inner_mark, check_not_random
+from nadaptor._trace import Atom, Op, Trace, reached, trace, variables
+from nadaptor._winograd import winograd
+from nadaptor.neurons import IntegrateAndFire, Neuron, State
+
+Prepared = tuple[jax.Array, ...]
+Fire = Callable[[int, jax.Array], jax.Array]
+
+
+class Layer(NamedTuple):
+    """One layer of neurons: what a quantized activation has become."""
+
+    name: str  # the scopes around the activation, "ResNet/act1" and "ResNet/act1:2", or "layer0"
+    shape: tuple[int, ...]
+    levels: int  # the threshold, in units of the scale
+    start: float  # the potential before the first step, in units of the scale
+    source: str  # the user's file and line
+    bias: jax.Array | None = None  # added to the current at every step, in units of the scale
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SpikingNetwork:
+    """A function turned into a spiking network; made by `spiking`.
+
+    Its methods are pure: state goes in and comes out. `propagate` is what the others are made of.
+    """
+
+    layers: tuple[Layer, ...]
+    neuron: Neuron
+    _trace: Trace = dataclasses.field(repr=False)
+    _static: tuple[Op, ...] = dataclasses.field(repr=False)
+    _spiking: tuple[Op, ...] = dataclasses.field(repr=False)
+    _boundary: tuple[int, ...] = dataclasses.field(repr=False)
+    _in_avals: tuple[Any, ...] = dataclasses.field(repr=False)
+    _in_tree: Any = dataclasses.field(repr=False)
+    _out_tree: Any = dataclasses.field(repr=False)
+
+    def prepare(self, *args: Any) -> Prepared:
+        """Evaluates the static part, once for all time steps.
+
+        Args:
+            *args: as those of the function, with the shapes and dtypes it was traced for.
+
+        Returns:
+            The arrays that the spiking part reads: weights, and currents from the analog input.
+
+        Raises:
+            ValueError: the arguments are not of the structure or shapes that were traced.
+        """
+        leaves = self._check_arguments(args)
+        values = {**self._trace.consts, **dict(zip(self._trace.inputs, leaves, strict=True))}
+        for op in self._static:
+            outputs = op.bind(*(_read(values, atom) for atom in op.inputs))
+            values.update(zip(op.outputs, outputs, strict=True))
+        return tuple(jnp.asarray(values[i]) for i in self._boundary)
+
+    def init(self, prepared: Prepared) -> tuple[State, ...]:
+        """Returns the state before the first time step, one entry for each layer."""
+        return self.place(
+            [self.neuron.init(layer.shape, layer.levels, layer.start) for layer in self.layers]
+        )
+
+    def place(self, entries: Sequence[Any]) -> tuple[Any, ...]:
+        """Gives a pytree for each layer the place on a mesh that the layer has.
+
+        What a scan carries has to begin where it ends: on an explicit mesh with the layer's
+        sharding, and inside `shard_map` with the axes along which the layer varies.
+        """
+        avals = [op.avals[0] for op in self._spiking if op.mark is not None]
+        return tuple(
+            jax.tree.map(functools.partial(place_like, like=aval), entry)
+            for entry, aval in zip(entries, avals, strict=True)
+        )
+
+    def step(self, state: tuple[State, ...], prepared: Prepared) -> tuple[tuple[State, ...], Any]:
+        """Runs one time step through all layers.
+
+        Args:
+            state: one entry for each layer, from `init` or the step before.
+            prepared: from `prepare`.
+
+        Returns:
+            The new state, and the function's output for this step's spikes: the network's output
+            after t steps is the mean of the outputs so far.
+        """
+        new: list[State] = []
+
+        def fire(i: int, x: jax.Array) -> jax.Array:
+            after, out = self.neuron.step(state[i], x, self.layers[i].levels)
+            new.append(after)
+            return out
+
+        out = self.propagate(prepared, fire)
+        return tuple(new), out
+
+    def propagate(self, prepared: Prepared, fire: Fire, steps: int | None = None) -> Any:
+        """Evaluates the spiking part, with `fire(i, x)` in the place of each quantized activation.
+
+        Args:
+            prepared: from `prepare`.
+            fire: takes the layer's number and its input x, float32 and in units of the scale;
+                returns what the layer passes on, in the same units.
+            steps: number of time steps to evaluate together. With it every spiking value, and so
+                the x and result of `fire` and the output, has a leading axis of that length.
+
+        Returns:
+            The function's output on what the layers passed on.
+        """
+        values = dict(zip(self._boundary, prepared, strict=True))
+        layers = enumerate(self.layers)
+        for op in self._spiking:
+            operands = [_read(values, atom) for atom in op.inputs]
+            axes = [0 if spikes else None for spikes in reached(self._trace.spiking, op.inputs)]
+            if op.mark is not None:
+                i, layer = next(layers)
+                outputs = [_fire(fire, i, operands[0], layer, steps)]
+            elif steps is None:
+                outputs = op.bind(*operands)
+            else:
+                outputs = jax.vmap(op.bind, axes, axis_size=steps)(*operands)
+            values.update(zip(op.outputs, outputs, strict=True))
+        return self._out_tree.unflatten([_read(values, atom) for atom in self._trace.outputs])
+
+    def _check_arguments(self, args: tuple[Any, ...]) -> list[Any]:
+        leaves, tree = jax.tree.flatten(args)
+        if tree != self._in_tree:
+            raise ValueError(
+                f"the arguments have the structure {tree}, but the network was traced for "
+                f"{self._in_tree}; call nadaptor.spiking again with arguments like these"
+            )
+        for leaf, aval in zip(leaves, self._in_avals, strict=True):
+            if jnp.shape(leaf) != aval.shape or jnp.result_type(leaf) != aval.dtype:
+                raise ValueError(
+                    f"an argument is {jnp.result_type(leaf)}{list(jnp.shape(leaf))}, but the "
+                    f"network was traced for {aval.dtype}{list(aval.shape)}; call "
+                    "nadaptor.spiking again with arguments like these"
+                )
+        return leaves
+
+
+def spiking(
+    f: Callable[..., Any],
+    *args: Any,
+    neuron: Neuron = IntegrateAndFire(),
+    fast_convolution: bool = False,
+) -> SpikingNetwork:
+    """Turns a function with quantized activations into a spiking network (section 2.3, Eq. 6).
+
+    Every activation of `nadaptor` in `f` becomes a layer of neurons with the threshold
+    `levels * scale`; all else stays as it is. Calls, `jit`, `remat` and custom derivatives are
+    looked through, and a `lax.scan` over layers is unrolled. A call traces `f` anew: for speed,
+    `jax.jit` the function that calls it.
+
+    Args:
+        f: any JAX function, with any pytrees of arrays as arguments and result.
+        *args: arguments of `f`, arrays or `jax.ShapeDtypeStruct`s, as for `jax.make_jaxpr`.
+        neuron: the neuron to use in all layers.
+        fast_convolution: whether 3x3 convolutions of spikes at stride 1 go through Winograd's
+            F(2x2, 3x3). It is faster on a CPU, and rounds differently: a few spikes may flip.
+
+    Returns:
+        The network: `prepare`, `init`, `step` and the list of its `layers`.
+
+    Raises:
+        ValueError: the function cannot be converted. The message names the operation, the line of
+            the user's code and the remedy: an operation on spikes that is not affine, an output
+            that no spike reaches, random numbers drawn outside a quantizer, a quantizer inside a
+            `while`, `cond`, `shard_map` or `pmap`, or no quantizer at all.
+
+    Example:
+        >>> import nadaptor
+        >>> f = lambda w, x: nadaptor.lsq(x, 0.5, levels=2) @ w
+        >>> w, x = jnp.ones((3, 1)), jnp.array([0.2, 0.6, 2.0])
+        >>> net = nadaptor.spiking(f, w, x)
+        >>> prepared = net.prepare(w, x)
+        >>> state, out = net.step(net.init(prepared), prepared)
+        >>> out
+        Array([2.], dtype=float32)
+
+    Source: Noise Adaptor, Eq. 1, 2 and 6.
+    """
+    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    traced = trace(closed, winograd if fast_convolution else None)
+    static, spiking_ops = _split(traced)
+    _check_outputs(traced, jax.tree.leaves_with_path(shapes))
+    made = {i for op in spiking_ops for i in op.outputs}
+    read = {i for op in spiking_ops for i in variables(op.inputs)}
+    return SpikingNetwork(
+        layers=_layers(spiking_ops),
+        neuron=neuron,
+        _trace=traced,
+        _static=static,
+        _spiking=spiking_ops,
+        _boundary=tuple(sorted(read - made)),
+        _in_avals=tuple(closed.in_avals),
+        _in_tree=jax.tree.structure(args),
+        _out_tree=jax.tree.structure(shapes),
+    )
+
+
+def place_like(x: jax.Array, like: Any) -> jax.Array:
+    """Gives `x` the place on a mesh that `like` has, an array's type or shape."""
+    sharding, manual = like.sharding, like.manual_axis_type
+    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
+        x = jax.sharding.reshard(x, sharding) if x.shape == like.shape else x
+    axes = () if manual is None else manual.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def _split(traced: Trace) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """Parts the operations into those that no spike reaches and the others, checking both."""
+    static, spiking_ops = [], []
+    for op in traced.ops:
+        spikes = reached(traced.spiking, op.inputs)
+        if op.mark is not None:
+            spiking_ops.append(op)
+        elif any(spikes):
+            check_affine(op, spikes)
+            spiking_ops.append(op)
+        else:
+            check_no_inner_mark(op)
+            check_not_random(op)
+            static.append(op)
+    return tuple(static), tuple(spiking_ops)
+
+
+def _check_outputs(traced: Trace, outputs: list[Any]) -> None:
+    if not any(op.mark for op in traced.ops):
+        raise ValueError(
+            "cannot convert to spikes: no output of the function depends on a quantized "
+            "activation, so nothing would spike; use nadaptor.lsq or another quantizer in it"
+        )
+    for spikes, (path, _) in zip(reached(traced.spiking, traced.outputs), outputs, strict=True):
+        if not spikes:
+            name = jax.tree_util.keystr(path) or "the output"
+            raise ValueError(
+                f"cannot convert to spikes: no spike reaches {name} of the function's result; "
+                "return only what depends on quantized activations"
+            )
+
+
+def _layers(spiking_ops: Sequence[Op]) -> tuple[Layer, ...]:
+    layers: list[Layer] = []
+    uses: collections.Counter[str] = collections.Counter()
+    for op in spiking_ops:
+        if op.mark is not None:
+            name = _name(op.place.scope) or f"layer{len(layers)}"
+            uses[name] += 1
+            unique = name if uses[name] == 1 else f"{name}:{uses[name]}"
+            layers.append(Layer(unique, op.avals[0].shape, *op.mark, op.place.source))
+    return tuple(layers)
+
+
+def _name(scope: str) -> str:
+    """The named scopes without those that Flax adds for a method: "act1/act1.quantize" is act1."""
+    parts = scope.split("/")
+    pairs = zip(["", *parts[:-1]], parts, strict=True)
+    return "/".join(part for outer, part in pairs if not part.startswith(f"{outer}."))
+
+
+def _fire(fire: Fire, i: int, x: jax.Array, layer: Layer, steps: int | None) -> jax.Array:
+    """Calls `fire` on a layer's input; a static input is the same current at every step."""
+    shape = layer.shape if steps is None else (steps, *layer.shape)
+    current = jnp.broadcast_to(x, shape).astype(jnp.float32)
+    if layer.bias is not None:
+        current = current + layer.bias
+    # The threshold of a calibrated layer is an array, and off every grid.
+    if isinstance(layer.levels, int):
+        current = _summable(current, layer.levels)
+    return fire(i, current).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _summable(x: jax.Array, levels: int) -> jax.Array:
+    """Rounds currents down to a grid on which sums are exact, on their side of every tie.
+
+    Float32 holds all multiples of the grid up to 2 * levels, the potential's range: however many
+    the steps, no spike comes or goes by rounding.
+    """
+    grid = 2.0 ** ((2 * levels - 1).bit_length() - 24)
+    # The half is added as the quantizer adds it: the float below 1/2 is a tie for both. A clip
+    # stands before it there, and here a bound that no current reaches. Else the compiler may fuse
+    # the addition with the product v * (1/s), and round once where the quantizer rounds twice.
+    bounded = jnp.maximum(x, -(2.0**30))
+    return jnp.floor((bounded + 0.5) / grid) * grid - 0.5
+
+
+@_summable.defjvp
+def _summable_jvp(
+    levels: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return _summable(*primals, levels), tangents[0]
+
+
+def _read(values: dict[int, Any], atom: Atom) -> Any:
+    return atom.val if isinstance(atom, Literal) else values[atom]

@@ -1,0 +1,203 @@
+"""Calibration: thresholds in closed form, and networks that come nearer to the ReLU network."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nadaptor
+from nadaptor.calibration import (
+    calibrate_biases,
+    calibrate_potentials,
+    calibrate_thresholds,
+    maximum,
+    percentile,
+    shift_biases,
+    smallest_error,
+)
+from nadaptor.simulation import run_network
+
+WEIGHTS = jax.random.normal(jax.random.key(0), (3, 20, 20)) * 0.4
+IMAGES = jax.random.normal(jax.random.key(1), (64, 20))
+OTHERS = jax.random.normal(jax.random.key(2), (48, 20))
+
+
+def network(activation, weights, x):
+    for w in weights:
+        x = activation(x @ w)
+    return x @ weights[0]
+
+
+def clipped(weights, x, threshold=1.0):
+    return network(lambda v: nadaptor.clipped_relu(v, threshold), weights, x)
+
+
+def relu(weights, x):
+    return network(jax.nn.relu, weights, x)
+
+
+def hidden(weights, x):
+    """The input of each ReLU."""
+    seen = []
+    for w in weights:
+        seen.append(x @ w)
+        x = jax.nn.relu(seen[-1])
+    return seen
+
+
+@functools.cache
+def thresholds(rule=None):
+    return calibrate_thresholds(clipped, WEIGHTS, IMAGES, rule=rule or maximum())
+
+
+def error(calibration, num_steps, x=OTHERS, **options):
+    net = nadaptor.spiking(clipped, WEIGHTS, x, **options)
+    if calibration is not None:
+        net = calibration.apply(net)
+    sim = run_network(net, net.prepare(WEIGHTS, x), num_steps)
+    return float(jnp.abs(sim.outputs[-1] - relu(WEIGHTS, x)).mean())
+
+
+def test_the_maximum_is_that_of_the_network_with_plain_relus():
+    for found, v in zip(thresholds().thresholds, hidden(WEIGHTS, IMAGES), strict=True):
+        np.testing.assert_allclose(found.item(), v.max(), rtol=1e-6)
+
+
+def test_the_percentile_is_that_of_the_nonzero_activations():
+    found = thresholds(percentile(90)).thresholds
+    for th, v in zip(found, hidden(WEIGHTS, IMAGES), strict=True):
+        positive = np.asarray(v)[np.asarray(v) > 0]
+        np.testing.assert_allclose(th.item(), np.percentile(positive, 90), rtol=1e-5)
+
+
+def test_a_threshold_per_channel_is_that_of_the_channel_alone():
+    rule = percentile(90)
+    found = calibrate_thresholds(clipped, WEIGHTS, IMAGES, rule=rule, channel_axis=-1)
+    first = np.asarray(hidden(WEIGHTS, IMAGES)[0])
+    assert found.thresholds[0].shape == (1, 20)
+    expected = [np.percentile(c[c > 0], 90) for c in first.T]
+    np.testing.assert_allclose(found.thresholds[0][0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_mmse_is_the_best_of_the_95_candidates(steps):
+    a = np.abs(np.asarray(IMAGES[:8]))
+    found = smallest_error(steps)(jnp.asarray(a), (0, 1)).item()
+    candidates = a.max() * (1 - 0.01 * np.arange(95))
+
+    def squared(th):
+        return ((a - th * np.clip(np.floor(steps * a / th + 0.5) / steps, 0, 1)) ** 2).mean()
+
+    best = min(map(squared, candidates))
+    assert squared(found) == pytest.approx(best, rel=1e-4)
+    assert np.abs(candidates - found).min() < 1e-5
+
+
+def test_fewer_steps_want_a_lower_threshold():
+    a = jnp.abs(IMAGES)
+    assert smallest_error(2)(a, (0, 1)) < smallest_error(32)(a, (0, 1))
+
+
+def test_the_thresholds_do_not_depend_on_those_in_the_function():
+    raised = functools.partial(clipped, threshold=4.0)
+    found = calibrate_thresholds(raised, WEIGHTS, IMAGES, rule=maximum()).thresholds
+    for ours, others in zip(thresholds().thresholds, found, strict=True):
+        np.testing.assert_allclose(ours, 4.0 * others, rtol=1e-6)
+
+
+def test_a_calibrated_network_tends_to_the_relu_network_and_an_uncalibrated_one_does_not():
+    assert error(thresholds(), 512, IMAGES) < 0.1 * error(thresholds(), 8, IMAGES)
+    assert error(None, 512, IMAGES) > 10 * error(thresholds(), 512, IMAGES)
+
+
+def test_calibrated_is_the_same_as_written_with_these_thresholds():
+    found = thresholds()
+
+    def written(weights, x):
+        for w, th in zip(weights, found.thresholds, strict=True):
+            x = nadaptor.clipped_relu(x @ w, th.item())
+        return x @ weights[0]
+
+    net = found.apply(nadaptor.spiking(clipped, WEIGHTS, OTHERS))
+    ours = run_network(net, net.prepare(WEIGHTS, OTHERS), 16)
+    sim = nadaptor.simulate(written, WEIGHTS, OTHERS, num_steps=16)
+    same = [a == b for a, b in zip(ours.spike_counts, sim.spike_counts, strict=True)]
+    assert np.mean([s.mean() for s in same]) > 0.99
+    np.testing.assert_allclose(ours.outputs[-1].mean(), sim.outputs[-1].mean(), atol=0.05)
+
+
+def test_calibrated_biases_and_potentials_lower_the_error_on_other_images():
+    plain = error(thresholds(), 8)
+    for calibrate in (calibrate_biases, calibrate_potentials):
+        found = calibrate(clipped, WEIGHTS, IMAGES, calibration=thresholds(), num_steps=8)
+        assert error(found, 8) < 0.95 * plain
+
+
+def test_calibrated_biases_bring_the_means_of_channels_nearer_to_the_relu_network():
+    low = thresholds(percentile(80))
+    found = calibrate_biases(clipped, WEIGHTS[:1], IMAGES, calibration=first(low), num_steps=16)
+
+    def gap(calibration):
+        net = calibration.apply(nadaptor.spiking(clipped, WEIGHTS[:1], IMAGES))
+        sim = run_network(net, net.prepare(WEIGHTS[:1], IMAGES), 16)
+        rates = sim.spike_counts[0] / 16 * calibration.thresholds[0]
+        return float(jnp.abs(rates.mean(0) - jax.nn.relu(IMAGES @ WEIGHTS[0]).mean(0)).mean())
+
+    assert gap(found) < 0.75 * gap(first(low))
+
+
+def first(calibration):
+    return type(calibration)(*(values[:1] for values in calibration))
+
+
+def test_a_bias_shift_has_the_spikes_of_the_pre_charge_after_T_steps_of_a_constant_current():
+    v = jnp.linspace(-0.5, 1.5, 257)[:, None]
+    f = functools.partial(nadaptor.clipped_relu, threshold=1.0)
+    start = calibrate_thresholds(f, v, rule=lambda a, axes: jnp.ones((1, 1)))
+    counts = []
+    for calibration in (start, shift_biases(start, 8)):
+        net = calibration.apply(nadaptor.spiking(f, v))
+        counts.append(run_network(net, net.prepare(v), 8).spike_counts[0])
+    np.testing.assert_array_equal(*counts)
+
+
+def test_corrections_and_signed_neurons_work_on_a_calibrated_network():
+    net = thresholds().apply(nadaptor.spiking(clipped, WEIGHTS, OTHERS))
+    prepared = net.prepare(WEIGHTS, OTHERS)
+
+    def gap(net, **options):
+        out = run_network(net, prepared, 8, **options).outputs[-1]
+        return float(jnp.abs(out - relu(WEIGHTS, OTHERS)).mean())
+
+    signed = dataclasses.replace(net, neuron=nadaptor.SignedIntegrateAndFire())
+    assert gap(net, correction=nadaptor.OffsetSpikes(8)) < gap(net)
+    assert gap(signed) < gap(net)
+
+
+def test_a_silent_layer_keeps_its_threshold():
+    found = calibrate_thresholds(lambda v: nadaptor.clipped_relu(v, 2.0), jnp.full((4,), -1.0))
+    assert found.thresholds[0].item() == 1.0
+
+
+def test_everything_can_be_jitted():
+    def run(weights, x):
+        found = calibrate_thresholds(clipped, weights, x, rule=smallest_error(8))
+        return calibrate_biases(clipped, weights, x, calibration=found, num_steps=8)
+
+    eager, jitted = (jax.tree.leaves(g(WEIGHTS, IMAGES)) for g in (run, jax.jit(run)))
+    for a, b in zip(eager, jitted, strict=True):
+        np.testing.assert_allclose(a, b, atol=0.02)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="of 3 layers and the network has 2"):
+        thresholds().apply(nadaptor.spiking(clipped, WEIGHTS[:2], OTHERS))
+    with pytest.raises(ValueError, match="at most 100"):
+        percentile(101)
+    with pytest.raises(ValueError, match="num_steps"):
+        smallest_error(0)
+    with pytest.raises(ValueError, match="num_steps"):
+        shift_biases(thresholds(), 0)
