@@ -1,0 +1,29 @@
+"""Linen networks to train, their activation layers, and batch-norm folding."""
+
+from nadaptor.models.activations import ClippedRelu, Lsq, NoiseAdaptor, Relu
+from nadaptor.models.folding import fold_batch_norm
+from nadaptor.models.registry import MODELS, create
+from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet, batch_norm
+from nadaptor.models.scales import SCALE_FLOOR, is_scale, project_scales, start_scales
+from nadaptor.models.threshold_activations import Qcfs, SlipRelu, Ttrbr
+
+__all__ = [
+    "MODELS",
+    "SCALE_FLOOR",
+    "BasicBlock",
+    "Bottleneck",
+    "ClippedRelu",
+    "Lsq",
+    "NoiseAdaptor",
+    "Qcfs",
+    "Relu",
+    "ResNet",
+    "SlipRelu",
+    "Ttrbr",
+    "batch_norm",
+    "create",
+    "fold_batch_norm",
+    "is_scale",
+    "project_scales",
+    "start_scales",
+]

@@ -1,0 +1,97 @@
+"""The learned scales and thresholds of all activation layers in a tree of variables."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+SCALE_NAMES = ("quant_scale", "threshold")
+SCALE_FLOOR = 1e-4
+
+
+def start_scales(
+    model: nn.Module, variables: Mapping[str, Any], batch: jax.Array, key: jax.Array, **kwargs: Any
+) -> dict[str, Any]:
+    """Creates the missing scales from the batch as it flows through the weights at hand.
+
+    Each layer measures its input with the layers before it already quantized, noise off. Existing
+    leaves, statistics included, come back as they are.
+
+    Args:
+        model: a network with the layers of `activations` in its activation slots.
+        variables: its variables, without some or all of the scales; typically pre-trained.
+        batch: one batch of the model's input. With an `axis_name` in the layers, call this inside
+            the map, on the local part of the batch.
+        key: typed PRNG key, consumed; the activation layers draw nothing from it.
+        **kwargs: passed on to the model. `train=True` measures with the moments of the batch in
+            the batch norms, in place of the stored ones.
+
+    Returns:
+        The complete variables.
+
+    Raises:
+        ValueError: something else than scales is missing.
+
+    Example:
+        >>> from nadaptor.models import Lsq
+        >>> full = start_scales(Lsq(2), {"params": {}}, jnp.ones((1, 4)), jax.random.key(0))
+        >>> round(float(full["params"]["quant_scale"]), 4)
+        1.4142
+
+    Source: Esser et al., Learned step size quantization, 2019, for the rule.
+    """
+    mutable = list({"params", *variables})
+    _, updated = model.apply(variables, batch, rngs={"params": key}, mutable=mutable, **kwargs)
+    params = updated["params"]
+    known = {path for path, _ in jax.tree_util.tree_leaves_with_path(variables.get("params", {}))}
+    created = [path for path, _ in jax.tree_util.tree_leaves_with_path(params) if path not in known]
+    missing = [jax.tree_util.keystr(path) for path in created if not is_scale(path)]
+    if missing:
+        raise ValueError(
+            f"variables lack more than scales: {', '.join(missing)}; initialise the model first, "
+            "or load weights for every layer"
+        )
+    return {**variables, "params": params}
+
+
+def project_scales(params: Any, floor: float = SCALE_FLOOR) -> Any:
+    """Projects every scale and threshold to at least `floor`: `s <- max(s, floor)`.
+
+    Weight decay and the gradient may push a scale through zero, where the quantizer has no meaning;
+    the optimizer loop calls this after each update.
+
+    Args:
+        params: any pytree; leaves called `quant_scale` or `threshold` are projected.
+        floor: the smallest scale, > 0.
+
+    Returns:
+        The same pytree, all other leaves untouched. NaN stays NaN, to be seen.
+
+    Raises:
+        ValueError: `floor` is not positive.
+
+    Example:
+        >>> params = {"act1": {"quant_scale": jnp.array(-0.5)}, "norm": {"scale": jnp.array(-0.5)}}
+        >>> jax.tree.map(float, project_scales(params, floor=0.25))
+        {'act1': {'quant_scale': 0.25}, 'norm': {'scale': -0.5}}
+    """
+    if not floor > 0:
+        raise ValueError(f"floor must be positive, not {floor!r}; the default is {SCALE_FLOOR}")
+
+    def project(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return jnp.maximum(leaf, jnp.asarray(floor, leaf.dtype)) if is_scale(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(project, params)
+
+
+def is_scale(path: tuple[Any, ...]) -> bool:
+    """Returns whether a key path of `jax.tree_util` ends in a scale or threshold of a layer.
+
+    Example:
+        >>> tree = {"act1": {"quant_scale": 1.0}, "norm": {"scale": 1.0}}
+        >>> [is_scale(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        [True, False]
+    """
+    return bool(path) and getattr(path[-1], "key", None) in SCALE_NAMES

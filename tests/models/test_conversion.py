@@ -1,0 +1,72 @@
+"""Our own networks as spiking networks: the identities of the conversion, folded and not."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nadaptor
+from nadaptor.models import Lsq, create, fold_batch_norm
+
+IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+
+
+def network(name, levels, images, num_classes=10):
+    """A network with batch-norm statistics of its own, not those of initialisation."""
+    model = create(name, num_classes=num_classes, activation=functools.partial(Lsq, levels=levels))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    for _ in range(2):
+        _, moved = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        variables = {**variables, **moved}
+    return model, variables
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_one_level_and_one_step_give_the_logits_of_the_quantized_network(folded):
+    """Identity (b): at p = 1 a neuron's first step is the quantizer's rounding."""
+    model, variables = network("digits_resnet20", 1, IMAGES)
+    if folded:
+        model, variables = model.clone(norm=None), fold_batch_norm(variables)
+    ann = jax.jit(model.apply)(variables, IMAGES)
+    sim = jax.jit(functools.partial(nadaptor.simulate, model.apply, num_steps=1))(variables, IMAGES)
+    np.testing.assert_allclose(sim.outputs[0], ann, rtol=1e-4, atol=1e-5)
+    assert len(sim.spike_counts) == 19
+    assert sum(int(c.sum()) for c in sim.spike_counts) > 0
+
+
+def test_folding_keeps_the_spiking_network():
+    """Identity (d) for spikes: float rounding may flip a few, and no more."""
+    model, variables = network("digits_resnet20", 2, IMAGES)
+    plain = jax.jit(functools.partial(nadaptor.simulate, model.apply, num_steps=4))
+    folded = jax.jit(
+        functools.partial(nadaptor.simulate, model.clone(norm=None).apply, num_steps=4)
+    )
+    counts = [plain(variables, IMAGES), folded(fold_batch_norm(variables), IMAGES)]
+    pairs = zip(*(sim.spike_counts for sim in counts), strict=True)
+    changed = sum(int((a != b).sum()) for a, b in pairs)
+    assert changed <= 0.01 * sum(c.size for c in counts[0].spike_counts)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", 17), ("resnet50", 49)])
+def test_imagenet_networks_convert_and_run(name, layers):
+    images = jax.random.normal(jax.random.key(2), (1, 64, 64, 3))
+    model = create(name, num_classes=20, activation=functools.partial(Lsq, levels=2))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    folded, weights = model.clone(norm=None), fold_batch_norm(variables)
+    sim = jax.jit(functools.partial(nadaptor.simulate, folded.apply, num_steps=2))(weights, images)
+    assert sim.outputs.shape == (2, 1, 20)
+    assert len(sim.spike_counts) == layers
+    assert bool(jnp.isfinite(sim.outputs).all())
+    assert int(sim.spike_counts[-1].sum()) > 0
+
+
+def test_layers_carry_the_names_of_the_modules():
+    model = create("digits_resnet20", num_classes=10, activation=functools.partial(Lsq, levels=2))
+    variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    net = nadaptor.spiking(model.apply, variables, IMAGES)
+    assert net.layers[0].name == "ResNet/act1"
+    assert net.layers[-1].name.endswith("act2")
+    assert "layer3_2" in net.layers[-1].name
+    assert all(layer.levels == 2 and layer.start == 1.0 for layer in net.layers)
