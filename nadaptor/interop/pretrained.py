@@ -1,0 +1,224 @@
+"""Pre-trained residual networks in torch's layout, as variables of ours.
+
+Our names are torch's with three changes: `layer1.0` is `layer1_0`, the norm `bn1` of `conv1` is
+`conv1_norm`, and `downsample.0` and `.1` are `downsample` and `downsample_norm`. That covers the
+ResNets of torchvision and timm, and with `shortcut` and `linear` for `downsample` and `fc` the
+CIFAR networks in circulation. Batch norm is kept; max-pools are average-pools in our networks.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from nadaptor.interop.torch_file import read_torch_file
+from nadaptor.models import is_scale
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_ALIASES = {"linear": "fc", "shortcut": "downsample"}
+_WRAPPERS = ("module.", "_orig_mod.")
+_HEAD = "fc."
+_SHOWN = 8
+
+
+def load_pretrained(
+    path: str | Path, variables: Mapping[str, Any], *, new_head: bool = False
+) -> dict[str, Any]:
+    """Loads a file of torch weights into the variables of a `nadaptor.models.ResNet`.
+
+    The same as `from_torch(read_state_dict(path), variables, new_head=new_head)`.
+
+    Args:
+        path: a `.safetensors` file, or a `.pth`, `.pt`, `.th` or `.bin` file of torch.
+        variables: the network's variables, or their shapes from `jax.eval_shape(model.init, ...)`.
+        new_head: keep the last dense layer of `variables` instead of the file's.
+
+    Returns:
+        The variables without activation scales; `nadaptor.models.start_scales` adds those.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit the network.
+
+    Example:
+        >>> load_pretrained("net.zip", {})
+        Traceback (most recent call last):
+        ValueError: cannot read net.zip: the name must end in .safetensors, .pth, .pt, .th or .bin
+    """
+    return from_torch(read_state_dict(path), variables, new_head=new_head)
+
+
+def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads arrays by name from a `.safetensors` file or a torch file; runs nothing from it.
+
+    Args:
+        path: a `.safetensors` file, or a `.pth`, `.pt`, `.th` or `.bin` file of torch.
+
+    Returns:
+        Arrays by name, with the dtypes and axis order of the file.
+
+    Raises:
+        ValueError: another ending, or the file is missing, truncated, damaged or refused.
+
+    Example:
+        >>> read_state_dict("missing.safetensors")
+        Traceback (most recent call last):
+        ValueError: cannot read missing.safetensors: there is no such file
+    """
+    kind = Path(path).suffix
+    if kind not in (".safetensors", ".pth", ".pt", ".th", ".bin"):
+        raise ValueError(
+            f"cannot read {path}: the name must end in .safetensors, .pth, .pt, .th or .bin"
+        )
+    if not Path(path).is_file():
+        raise ValueError(f"cannot read {path}: there is no such file")
+    return _read_safetensors(path) if kind == ".safetensors" else read_torch_file(path)
+
+
+def from_torch(
+    state: Mapping[str, np.ndarray], variables: Mapping[str, Any], *, new_head: bool = False
+) -> dict[str, Any]:
+    """Puts a torch state dict into the variables of a `nadaptor.models.ResNet`.
+
+    Convolutions go from [out, in, h, w] to [h, w, in, out] and dense weights from [out, in] to
+    [in, out]; everything becomes float32. `num_batches_tracked` is ignored, and so is a prefix that
+    wrapping adds to every name (`module.`, `_orig_mod.`).
+
+    Args:
+        state: arrays by torch's names.
+        variables: the network's variables, or their shapes from `jax.eval_shape(model.init, ...)`.
+        new_head: keep the last dense layer of `variables`, whatever the file's; for another set of
+            classes. `variables` then holds arrays.
+
+    Returns:
+        The variables, each array from the file. Activation scales are left out, because those of
+        `variables` were measured with other weights; `nadaptor.models.start_scales` adds them.
+
+    Raises:
+        ValueError: names are missing or unexpected, shapes differ, or the head has another class
+            count and `new_head` is False; the message lists them.
+
+    Example:
+        >>> variables = {"params": {"fc": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}}
+        >>> state = {"module.fc.weight": np.ones((2, 3)), "module.fc.bias": np.ones(2)}
+        >>> from_torch(state, variables)["params"]["fc"]["kernel"].shape
+        (3, 2)
+
+    Source: the state dicts of torchvision.models.resnet, timm and akamaster/pytorch_resnet_cifar10.
+    """
+    state = _canonical(state)
+    leaves = {
+        tuple(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+        if not is_scale(path)
+    }
+    names = {path: _torch_name(path) for path in leaves}
+    kept = {path for path in leaves if new_head and names[path].startswith(_HEAD)}
+    _check_kept(leaves[path] for path in kept)
+    if new_head:
+        state = {name: array for name, array in state.items() if not name.startswith(_HEAD)}
+    _check_fit({names[path]: leaves[path].shape for path in leaves.keys() - kept}, state)
+    loaded = {
+        path: leaf if path in kept else jnp.asarray(_ours(state[names[path]]), jnp.float32)
+        for path, leaf in leaves.items()
+    }
+    return traverse_util.unflatten_dict(loaded)
+
+
+def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"cannot read {path}: truncated or damaged ({error})") from error
+
+
+def _canonical(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The state dict under torchvision's names, without what has no place in a network of ours."""
+    canonical: dict[str, np.ndarray] = {}
+    for name, array in _unwrapped(state).items():
+        parts = [_ALIASES.get(part, part) for part in name.split(".")]
+        if parts[-1] == "num_batches_tracked":
+            continue
+        if ".".join(parts) in canonical:
+            raise ValueError(f"the state dict has two arrays for {'.'.join(parts)}; one is {name}")
+        canonical[".".join(parts)] = array
+    return canonical
+
+
+def _unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    for wrapper in _WRAPPERS:
+        if state and all(name.startswith(wrapper) for name in state):
+            return _unwrapped({name.removeprefix(wrapper): a for name, a in state.items()})
+    return state
+
+
+def _torch_name(path: tuple[str, ...]) -> str:
+    """("params", "layer1_0", "conv2_norm", "scale") -> "layer1.0.bn2.weight"."""
+    *blocks, layer = path[1:-1] or ("",)
+    if layer.removesuffix("_norm") == "downsample":
+        layer = "downsample.1" if layer.endswith("_norm") else "downsample.0"
+    elif layer.endswith("_norm"):
+        layer = layer.removesuffix("_norm").replace("conv", "bn")
+    return ".".join(
+        [*(block.replace("_", ".") for block in blocks), layer, _LEAVES.get(path[-1], path[-1])]
+    )
+
+
+def _ours(array: np.ndarray) -> np.ndarray:
+    return array.transpose(_axes(array.ndim))
+
+
+def _axes(rank: int) -> tuple[int, ...]:
+    """torch's axes in our order: [out, in, h, w] -> [h, w, in, out]."""
+    return {4: (2, 3, 1, 0), 2: (1, 0)}.get(rank, tuple(range(rank)))
+
+
+def _check_kept(head: Iterable[Any]) -> None:
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in head):
+        raise ValueError(
+            "new_head=True keeps the head of variables, which are shapes without values; pass the "
+            "result of model.init"
+        )
+
+
+def _check_fit(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray]) -> None:
+    """Raises one error with everything that does not fit."""
+    wrong = {
+        name: f"{name} {state[name].shape} instead of {shape}"
+        for name, shape in ((name, _torch_shape(shape)) for name, shape in expected.items())
+        if name in state and state[name].shape != shape
+    }
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    lists = [
+        _listed("missing", missing),
+        _listed("unexpected", unexpected),
+        _listed("of another shape", wrong.values()),
+    ]
+    only_head = all(name.startswith(_HEAD) for name in missing | unexpected | wrong.keys())
+    remedy = ". Pass new_head=True to start a new head" if only_head else ""
+    if any(lists):
+        found = "; ".join(filter(None, lists))
+        raise ValueError(f"the weights do not fit the network: {found}{remedy}")
+
+
+def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    inverse = np.argsort(_axes(len(shape)))
+    return tuple(shape[axis] for axis in inverse)
+
+
+def _listed(what: str, names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return f"{what}: {', '.join(ordered[:_SHOWN])}{more}" if ordered else ""
