@@ -1,0 +1,98 @@
+"""What the three commands share: named configs on the command line, and errors in one line."""
+
+import dataclasses
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from nadaptor.training.config import Config, check_name
+from nadaptor.training.configs import CONFIGS
+from nadaptor.training.errors import Interrupted, RunError
+from nadaptor.training.options import Options
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `train.py` is asked for."""
+
+    config: Config
+    options: Options
+    # Folder of runs; the run is a folder in it.
+    workdir: Path = Path("runs")
+
+
+def run_door(main: Callable[[], object]) -> None:
+    """Runs a command, and ends the program with a code where it fails.
+
+    A ValueError of nadaptor is bad input: one line on stderr and exit code 2. A RunError is a run
+    that failed: one line and exit code 1. A run that SIGTERM ended has saved itself: one line and
+    exit code 143. Any other error is a defect and keeps its traceback.
+
+    Args:
+        main: the command.
+    """
+    try:
+        main()
+    except RunError as error:
+        _exit(error, 1)
+    except Interrupted as error:
+        _exit(error, 128 + signal.SIGTERM)
+    except ValueError as error:
+        if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE):
+            raise
+        _exit(error, 2)
+
+
+def parse_run(description: str) -> Run:
+    """Reads a config's name and what overrides it from the command line.
+
+    Args:
+        description: shown by --help.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: there is no config of that name; the message suggests the nearest.
+        SystemExit: --help was asked for, or an option is unknown (exit code 2).
+    """
+    import tyro
+
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if not name.startswith("-"):
+        check_name(name, CONFIGS, "config")
+    named = {name: (make.__doc__ or "", Run(make(), Options())) for name, make in CONFIGS.items()}
+    return tyro.extras.overridable_config_cli(
+        named, description=description, config=(tyro.conf.OmitArgPrefixes,)
+    )
+
+
+def train_door(run: Run) -> None:
+    """Does what `train.py` was asked for, and says what came of it in its last line.
+
+    Args:
+        run: as `parse_run` gives it.
+
+    Raises:
+        ValueError: as `nadaptor.training.train`.
+        RunError: as `nadaptor.training.train`.
+        Interrupted: as `nadaptor.training.train`.
+    """
+    from nadaptor.training.dry_run import dry_run
+    from nadaptor.training.loop import evaluate, train
+
+    if run.options.dry_run:
+        dry_run(run.config, run.options)
+    elif run.options.evaluate_only:
+        print(f"accuracy {100 * evaluate(run.config, run.workdir, run.options):.2f}")
+    else:
+        print(f"checkpoint: {train(run.config, run.workdir, run.options)}")
+
+
+def _exit(error: Exception, code: int) -> None:
+    print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

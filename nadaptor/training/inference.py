@@ -1,0 +1,48 @@
+"""How a converted network is run: the corrections by name, as the command line and the study do."""
+
+from typing import Literal, NamedTuple, get_args
+
+from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp
+from nadaptor.neurons import Neuron
+from nadaptor.simulation import Correction
+
+CorrectionName = Literal["none", "negative-spikes", "offset-spikes", "srp"]
+CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
+
+
+class Inference(NamedTuple):
+    """The neuron and the correction to simulate with."""
+
+    neuron: Neuron
+    correction: Correction | None
+
+    def total_steps(self, num_steps: int) -> int:
+        """Returns the network steps that T counted steps take, the correction's included."""
+        return num_steps + (self.correction.num_steps if self.correction else 0)
+
+
+def get_inference(name: CorrectionName, num_steps: int = 4) -> Inference:
+    """Returns what a correction's name stands for.
+
+    Args:
+        name: one of `CORRECTIONS`.
+        num_steps: steps of the first stage: rho of offset spikes, tau of SRP. The others have none.
+
+    Returns:
+        The neuron and the correction.
+
+    Raises:
+        ValueError: the name is unknown, or `num_steps` is not a positive int.
+
+    Example:
+        >>> get_inference("srp", 4).total_steps(32)
+        36
+    """
+    if name not in CORRECTIONS:
+        raise ValueError(f"unknown correction {name!r}; there are {', '.join(CORRECTIONS)}")
+    neuron = SignedIntegrateAndFire() if name == "negative-spikes" else IntegrateAndFire()
+    makers = {"offset-spikes": OffsetSpikes, "srp": Srp}
+    return Inference(neuron, makers[name](num_steps) if name in makers else None)
+
+
+PLAIN = get_inference("none")

@@ -1,0 +1,264 @@
+"""The training loop: full precision first, then quantized from it, each run in its own folder."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nadaptor.training.checkpoints import load_card, load_checkpoint, save_checkpoint
+from nadaptor.training.config import Config
+from nadaptor.training.configs import INHERITED, parent_of
+from nadaptor.training.errors import Interrupted
+from nadaptor.training.logs import Log, percent
+from nadaptor.training.measure import source_accuracy
+from nadaptor.training.monitor import EMPTY, Tally, add_step, epoch_row, restore_tally
+from nadaptor.training.options import DEFAULT, Options
+from nadaptor.training.parallel import place_step, start_processes
+from nadaptor.training.pipeline import Batch, batches, prefetch
+from nadaptor.training.run import Run, first_state, open_run, open_split, read_weights, state_shape
+from nadaptor.training.snapshots import Snapshot, Snapshots
+from nadaptor.training.state import TrainState
+from nadaptor.training.step import build_step
+
+
+def train(config: Config, workdir: Path, options: Options = DEFAULT) -> Path:
+    """Trains a network, after the full-precision network that it starts from.
+
+    The run is the folder `workdir/config.name`, with `metrics.csv`, `metrics.jsonl`, `snapshots`
+    and, once it is finished, `checkpoint`. A finished run is not repeated; as a parent it serves
+    any number of runs. A run that was cut off goes on from its last good snapshot, and ends as if
+    it had never been.
+
+    Args:
+        config: the run.
+        workdir: folder of runs; of several processes, one that all of them see.
+        options: where to read and run, and `init_from`.
+
+    Returns:
+        The folder of the run's checkpoint.
+
+    Raises:
+        ValueError: a name is unknown, a value or a file is bad, or the folder holds a run of
+            another config or data set; the message names the field that differs.
+        RunError: the loss is not finite, or diverges; the last good snapshot is kept.
+        Interrupted: SIGTERM came; what to resume from is saved.
+    """
+    start_processes(options.coordinator, options.num_processes, options.process_id)
+    return _train(config, workdir, options)
+
+
+def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> float:
+    """Measures a network on the test set, noise off.
+
+    Args:
+        config: of the network.
+        workdir: folder of runs; the finished run of that name is measured where `options` names no
+            file of weights.
+        options: where to read and run.
+
+    Returns:
+        A share, 0 to 1.
+
+    Raises:
+        ValueError: as `train`, or the run is not finished.
+    """
+    run = open_run(config, options)
+    if options.init_from:
+        weights, _ = read_weights(run, options.init_from)
+        variables = first_state(run, weights).variables
+    else:
+        variables, _ = load_checkpoint(workdir / config.name / "checkpoint", "ann")
+    test = open_split(config, "test", options.data_dir)
+    return source_accuracy(run.model, variables, test, run.devices)
+
+
+def fit(
+    run: Run, folder: Path, snapshots: Snapshots, start: Snapshot
+) -> tuple[Any, dict[str, float]]:
+    """Runs the epochs of one config that are still to run.
+
+    Args:
+        run: the run.
+        folder: where the metrics go.
+        snapshots: of the run.
+        start: the state to go on from, and what was measured until then.
+
+    Returns:
+        The variables to hand on, on the host, and the row of metrics of the epoch they are from.
+
+    Raises:
+        RunError: the loss is not finite, or diverges.
+        Interrupted: SIGTERM came, and a snapshot is saved.
+    """
+    config, devices = run.config, run.devices
+    tally, rows = restore_tally(start.card)
+    placed = place_step(
+        build_step(config, run.images.spec, run.total_steps, devices.axis_name),
+        devices,
+        config.parallel,
+    )
+    state, key = placed.replicate(start.state), placed.replicate(run.keys.steps)
+    waiting, fetched, rate, started = deque(), 0, 0.0, time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(_log(run, folder, start.step))
+        told_to_end = stack.enter_context(_sigterm(devices.process_count))
+        stream = stack.enter_context(contextlib.closing(_stream(run, start.step)))
+        ready = prefetch(
+            stream, lambda b: b._replace(images=placed.put(b.images), labels=placed.put(b.labels))
+        )
+        for step in range(start.step, run.total_steps):
+            batch = next(ready)
+            state, metrics = placed.step(state, batch.images, batch.labels, key)
+            waiting.append((step, metrics))
+            done, ended = step + 1, told_to_end(step)
+            epoch_ends = done % run.epoch_steps == 0
+            snapshot = epoch_ends or ended or done % (run.options.snapshot_steps or done + 1) == 0
+            while len(waiting) >= (1 if snapshot else devices.in_flight):
+                number, measured = waiting.popleft()
+                loss, accuracy = map(float, jax.device_get(measured))
+                tally = add_step(tally, number, loss, accuracy, run.images.spec.num_classes)
+                fetched += 1
+                rate = fetched * config.batch_size / (time.perf_counter() - started)
+                log.step(number, loss, accuracy, rate, config.batch_size)
+            accuracy = None
+            if epoch_ends:
+                variables = jax.device_get(state.variables)
+                accuracy = source_accuracy(run.model, variables, run.validation, devices)
+                rows.append(epoch_row(tally, done, rate, accuracy))
+                log.epoch(rows)
+                tally = EMPTY._replace(high_since=tally.high_since)
+                fetched, started = 0, time.perf_counter()
+            if snapshot and tally.high_since < 0:
+                snapshots.save(done, state, _progress(tally, rows, start.card["parent"]), accuracy)
+            if ended and done < run.total_steps:
+                how = "saved" if snapshots.wait() else "NOT saved"
+                raise Interrupted(
+                    f"told to end after {done} steps, which are {how}; the same command resumes"
+                )
+        return _result(run, snapshots, state, rows)
+
+
+def _train(config: Config, workdir: Path, options: Options) -> Path:
+    run = open_run(config, options)  # bad input shows before the parent is trained
+    folder = workdir / config.name
+    checkpoint = folder / "checkpoint"
+    if checkpoint.exists():
+        return _finished(checkpoint, config, [f.name for f in dataclasses.fields(config)])
+    parent = None if (folder / "snapshots").exists() else parent_of(config)
+    if parent and not options.init_from:
+        _train_parent(parent, workdir, options)
+    with contextlib.closing(Snapshots(folder / "snapshots", options.keep, run.card)) as snapshots:
+        start = snapshots.latest(state_shape(run)) or _begin(run, workdir)
+        if start.step:
+            print(f"{config.name}: resumed at step {start.step} of {run.total_steps}")
+        variables, metrics = fit(run, folder, snapshots, start)
+    if run.devices.process_index == 0:
+        card = {**run.card, "parent": start.card["parent"], "metrics": metrics}
+        save_checkpoint(checkpoint, "ann", variables, card)
+        print(f"{config.name}: validation accuracy {percent(metrics['validation_accuracy'])}")
+    return checkpoint
+
+
+def _train_parent(parent: Config, workdir: Path, options: Options) -> None:
+    """Trains the full-precision network, unless that is done."""
+    checkpoint = workdir / parent.name / "checkpoint"
+    if checkpoint.exists():
+        _finished(checkpoint, parent, INHERITED)
+    else:
+        _train(parent, workdir, options)
+        _meet(parent.name)
+
+
+def _begin(run: Run, workdir: Path) -> Snapshot:
+    """The start of a run, from a file, its parent or random weights."""
+    weights, origin = None, None
+    if run.options.init_from:
+        weights, origin = read_weights(run, run.options.init_from)
+    elif parent := parent_of(run.config):
+        weights, card = load_checkpoint(workdir / parent.name / "checkpoint", "ann")
+        origin = card["card_digest"]
+    return Snapshot(0, first_state(run, weights), _progress(EMPTY, [], origin))
+
+
+def _stream(run: Run, start_step: int) -> Generator[Batch, None, None]:
+    """This process's part of the batches that are still to come."""
+    config, devices = run.config, run.devices
+    return batches(
+        run.images,
+        config.augmentation,
+        config.seed,
+        config.batch_size,
+        start_step=start_step,
+        process_index=devices.process_index,
+        process_count=devices.process_count,
+    )
+
+
+def _log(run: Run, folder: Path, step: int) -> Log:
+    silent = run.devices.process_index > 0
+    board = run.options.tensorboard
+    return Log(run.config.name, run.total_steps, folder, step, silent=silent, board=board)
+
+
+def _progress(tally: Tally, rows: list[dict[str, float]], origin: Any) -> dict[str, Any]:
+    """What a snapshot's card says beside the run's own: see `restore_tally`."""
+    return {"tally": tally._asdict(), "rows": rows, "parent": origin}
+
+
+def _result(
+    run: Run, snapshots: Snapshots, state: TrainState, rows: list[dict[str, float]]
+) -> tuple[Any, dict[str, float]]:
+    """The variables that the run hands on, and their row of metrics."""
+    if run.config.select == "best" and (best := snapshots.best(state_shape(run))):
+        return best.state.variables, best.card["rows"][-1]
+    return jax.device_get(state.variables), rows[-1]
+
+
+@contextlib.contextmanager
+def _sigterm(process_count: int) -> Iterator[Callable[[int], bool]]:
+    """Yields a function that says at a step whether SIGTERM has come, on all processes alike."""
+    if process_count > 1:
+        from jax.experimental import multihost_utils
+
+        # jax's own handler of SIGTERM is at work, and lets all processes end at one step.
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = threading.Event()
+    # Only the main thread may set a handler; elsewhere the default stays.
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield lambda step: came.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _meet(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _finished(checkpoint: Path, config: Config, fields: Iterable[str]) -> Path:
+    """Returns the checkpoint of a finished run, if its config agrees in these fields."""
+    trained = load_card(checkpoint, "ann")["config"]
+    for field in fields:
+        wanted = getattr(config, field)
+        if trained[field] != wanted:
+            raise ValueError(
+                f"{checkpoint} was trained with {field}={trained[field]!r}, not {wanted!r}; "
+                "choose another --workdir, or another --name"
+            )
+    print(f"{config.name}: already trained, at {checkpoint}")
+    return checkpoint

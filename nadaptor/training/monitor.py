@@ -1,0 +1,76 @@
+"""What a run has measured so far, and when it must stop: values, carried by the loop."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from nadaptor.training.errors import RunError
+
+# A loss that stays for so many steps above so many times that of guessing does not come back.
+DIVERGED_FACTOR, DIVERGED_STEPS = 10.0, 20
+
+
+class Tally(NamedTuple):
+    """Sums over the steps of the epoch under way."""
+
+    steps: int
+    loss: float
+    accuracy: float
+    high_since: int  # first of the last steps, all with a loss far above guessing; -1 for none
+
+
+EMPTY = Tally(0, 0.0, 0.0, -1)
+
+
+def add_step(tally: Tally, step: int, loss: float, accuracy: float, num_classes: int) -> Tally:
+    """Returns the sums with one step more.
+
+    Args:
+        tally: the sums so far.
+        step: number of the step, from 0.
+        loss: its mean loss.
+        accuracy: its share of right images.
+        num_classes: log(num_classes) is the loss of guessing.
+
+    Raises:
+        RunError: the loss is not finite, or has been far above guessing for many steps; the
+            message says since when.
+
+    Example:
+        >>> add_step(EMPTY, 7, float("nan"), 0.1, 10)
+        Traceback (most recent call last):
+        nadaptor.training.errors.RunError: the loss is nan at step 7; lower the learning rate
+    """
+    if not math.isfinite(loss):
+        raise RunError(f"the loss is {loss} at step {step}; lower the learning rate")
+    limit = DIVERGED_FACTOR * math.log(max(num_classes, 2))
+    since = -1 if loss <= limit else step if tally.high_since < 0 else tally.high_since
+    if since >= 0 and step - since + 1 >= DIVERGED_STEPS:
+        raise RunError(
+            f"the loss has been above {limit:.1f}, {DIVERGED_FACTOR:g} times that of guessing, "
+            f"since step {since}; lower the learning rate"
+        )
+    return Tally(tally.steps + 1, tally.loss + loss, tally.accuracy + accuracy, since)
+
+
+def epoch_row(tally: Tally, step: int, rate: float, accuracy: float) -> dict[str, float]:
+    """Returns the row of metrics of an epoch.
+
+    Args:
+        tally: its sums.
+        step: updates done.
+        rate: images a second.
+        accuracy: on the validation images.
+    """
+    return {
+        "step": step,
+        "loss": tally.loss / tally.steps,
+        "accuracy": tally.accuracy / tally.steps,
+        "images_per_second": rate,
+        "validation_accuracy": accuracy,
+    }
+
+
+def restore_tally(card: Mapping[str, Any]) -> tuple[Tally, list[dict[str, float]]]:
+    """Returns the sums and rows that a snapshot's card holds."""
+    return Tally(**card["tally"]), list(card["rows"])

@@ -1,0 +1,172 @@
+"""A run as it is set up: its config, its devices, its images and its step, before any training."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from nadaptor._checks import check_count
+from nadaptor.training.augmentation import prepare_batch
+from nadaptor.training.config import Config, check_config
+from nadaptor.training.data import load_source, open_source, steps_per_epoch
+from nadaptor.training.options import Options
+from nadaptor.training.parallel import Devices, check_batch, choose_devices
+from nadaptor.training.pipeline import batches
+from nadaptor.training.source import PHOTOGRAPHS, Source, Split, SplitName
+from nadaptor.training.state import TrainState, init_state
+from nadaptor.training.step import build_model, build_optimizer
+
+
+class Keys(NamedTuple):
+    """The keys of a run, each for one consumer."""
+
+    start: jax.Array  # random weights
+    steps: jax.Array  # noise and augmentation of every step
+    first_batch: jax.Array  # augmentation of the batch on which scales are measured
+
+
+class Run(NamedTuple):
+    """What a run needs, and what does not change in it."""
+
+    config: Config
+    options: Options
+    devices: Devices
+    images: Source  # to train on
+    validation: Source
+    epoch_steps: int
+    model: nn.Module  # for one device
+    optimizer: optax.GradientTransformation
+
+    @property
+    def total_steps(self) -> int:
+        """Updates in all."""
+        return self.config.epochs * self.epoch_steps
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of the run, from its seed."""
+        return Keys(*jax.random.split(jax.random.key(self.config.seed, impl=self.config.prng), 3))
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What a checkpoint says of its run, and what a resumed run must agree with."""
+        data = {**self.images.identity, **self.images.spec._asdict()}
+        # As JSON gives it back: a tuple comes back as a list.
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+        return {"config": dataclasses.asdict(self.config), "data": data}
+
+
+def open_run(config: Config, options: Options) -> Run:
+    """Checks a config, and opens what its run reads.
+
+    Raises:
+        ValueError: a value is out of its range, a name unknown, the data set not there, or the
+            batch does not divide among the devices.
+    """
+    check_config(config)
+    check_count(options.keep, "keep")
+    if options.snapshot_steps is not None:
+        check_count(options.snapshot_steps, "snapshot_steps")
+    devices = choose_devices(options.num_devices)
+    check_batch(config.batch_size, config.micro_batches, devices)
+    images = open_split(config, "train", options.data_dir)
+    epoch_steps = steps_per_epoch(images.size, config.batch_size)
+    return Run(
+        config,
+        options,
+        devices,
+        images,
+        open_split(config, "validation", options.data_dir),
+        epoch_steps,
+        build_model(config, num_classes=images.spec.num_classes),
+        build_optimizer(config, config.epochs * epoch_steps),
+    )
+
+
+def open_split(config: Config, split: SplitName, data_dir: Path | None) -> Source:
+    """Opens a split of a config's data set, with its normalisation and training size.
+
+    Raises:
+        ValueError: as `open_source`, or `train_size` is more than there is.
+    """
+    source = open_source(config.dataset, split, config.validation_size, data_dir)
+    if config.normalization == "imagenet":
+        mean, deviation = PHOTOGRAPHS
+        source = source._replace(spec=source.spec._replace(mean=mean, deviation=deviation))
+    if split != "train" or config.train_size is None:
+        return source
+    if config.train_size > source.size:
+        raise ValueError(f"train_size {config.train_size} is more than the {source.size} there are")
+    return source._replace(size=config.train_size)
+
+
+def config_split(
+    config: Config, split: SplitName, data_dir: Path | None = None, limit: int | None = None
+) -> Split:
+    """Loads a split of a config's data set, or its first images, as its network takes them.
+
+    Raises:
+        ValueError: as `open_split`.
+    """
+    return load_source(open_split(config, split, data_dir), limit)
+
+
+def first_state(run: Run, pretrained: Any | None) -> TrainState:
+    """Makes the state before the first step, on one device, from the whole first batch.
+
+    Every process does so for itself, from the same images: the start does not depend on devices.
+
+    Args:
+        run: the run.
+        pretrained: variables to start from; None for random weights.
+    """
+    config, keys = run.config, run.keys
+    stream = batches(run.images, config.augmentation, config.seed, config.batch_size)
+    first = next(stream)
+    stream.close()
+    spec = run.images.spec
+    images = jax.jit(lambda k, x: prepare_batch(k, x, spec, config.augmentation))(
+        keys.first_batch, first.images
+    )
+    return init_state(
+        run.model, run.optimizer, images, keys.start, pretrained, averaged=config.average_decay > 0
+    )
+
+
+def state_shape(run: Run) -> TrainState:
+    """Returns the structure and shapes of the run's state; computes nothing."""
+    shape = (run.config.batch_size, *run.images.spec.image_shape)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    averaged = run.config.average_decay > 0
+    return jax.eval_shape(
+        lambda x, k: init_state(run.model, run.optimizer, x, k, averaged=averaged),
+        images,
+        run.keys.start,
+    )
+
+
+def read_weights(run: Run, path: Path) -> tuple[Any, dict[str, str]]:
+    """Reads the file that a run starts from.
+
+    Args:
+        run: the run; `options.new_head` says whether the last layer starts anew.
+        path: the file; see `nadaptor.interop.load_pretrained`.
+
+    Returns:
+        The variables without scales, and the file's name and SHA-256 for the checkpoint.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit the network.
+    """
+    from nadaptor.interop import load_pretrained
+
+    one = jnp.zeros((1, *run.images.spec.image_shape), jnp.float32)
+    random = jax.jit(run.model.init)(run.keys.start, one)
+    variables = load_pretrained(path, random, new_head=run.options.new_head)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return variables, {"file": path.name, "sha256": digest}

@@ -1,0 +1,121 @@
+"""One interface to every data set: a split is a size and a function that reads example i.
+
+A source never hands out another split's images: the test set is opened where an evaluation asks for
+it and nowhere else.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SplitName = Literal["train", "validation", "test"]
+
+
+class Split(NamedTuple):
+    """Images and labels of one part of a data set, or of one batch."""
+
+    images: np.ndarray  # [N, H, W, C] uint8 as stored, or float32 normalised
+    labels: np.ndarray  # [N] int32, 0 to num_classes - 1
+
+
+class Spec(NamedTuple):
+    """What a network must know of a data set, before any image is read."""
+
+    num_classes: int
+    image_shape: tuple[int, int, int]  # H, W, C of a training image
+    mean: tuple[float, ...]  # of each channel, in units of the stored pixels
+    deviation: tuple[float, ...]  # the same
+
+
+class Example(NamedTuple):
+    """One example as it is stored."""
+
+    image: np.ndarray | bytes  # [H, W, C] uint8, or a whole image file
+    label: int
+    name: str  # where it lies, for messages
+
+
+class Source(NamedTuple):
+    """One split of a data set."""
+
+    spec: Spec
+    size: int  # examples
+    read: Callable[[int], Example]  # 0 to size - 1; called from several threads at once
+    resident: Split | None  # all of it as uint8, where it is small enough to lie in memory
+    identity: Mapping[str, Any]  # for the checkpoint: what JSON can hold, "class_names" among it
+
+
+# Of photographs, in units of a pixel of 0 to 255; torchvision's, and so of most weights.
+PHOTOGRAPHS = tuple(
+    tuple(255 * x for x in c) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+)
+
+
+def normalize(images: jax.Array, spec: Spec) -> jax.Array:
+    """Returns `(images - mean) / deviation` in float32.
+
+    Done on the device, so that a pixel crosses to it as one byte.
+
+    Args:
+        images: [..., C], pixels as stored.
+        spec: of the data set.
+
+    Example:
+        >>> spec = Spec(2, (1, 1, 1), mean=(4.0,), deviation=(2.0,))
+        >>> normalize(np.full((1, 1, 1), 6, np.uint8), spec).item()
+        1.0
+    """
+    mean, deviation = (jnp.array(c, jnp.float32) for c in (spec.mean, spec.deviation))
+    return (jnp.asarray(images).astype(jnp.float32) - mean) / deviation
+
+
+def resident_source(spec: Spec, split: Split, identity: Mapping[str, Any]) -> Source:
+    """Returns the source of a split that lies in memory."""
+
+    def read(index: int) -> Example:
+        name = f"{identity['dataset']} {identity['split']} {index}"
+        return Example(split.images[index], int(split.labels[index]), name)
+
+    return Source(spec, len(split.labels), read, split, identity)
+
+
+def hold_out(total: int, validation_size: int, split: SplitName) -> np.ndarray:
+    """Returns the examples of the stored training set that belong to one split.
+
+    The validation set is the same in every run, whatever its seed: weights that start from another
+    run's have not seen it.
+
+    Args:
+        total: examples in the stored training set.
+        validation_size: how many of them validate.
+        split: "train", "validation", or "test" for a stored test set: all of it.
+
+    Returns:
+        Indices, int64, in a fixed order.
+
+    Raises:
+        ValueError: the validation set leaves nothing to train on, or the split is unknown.
+
+    Example:
+        >>> sorted([*hold_out(4, 1, "train"), *hold_out(4, 1, "validation")]) == [0, 1, 2, 3]
+        True
+    """
+    if split == "test":
+        return np.arange(total)
+    if split not in ("train", "validation"):
+        raise ValueError(f"split must be one of train, validation, test, not {split!r}")
+    if not 0 < validation_size < total:
+        raise ValueError(
+            f"validation_size must be between 1 and {total - 1}, not {validation_size}"
+        )
+    order = permutation(total, 0, 0)
+    return order[:validation_size] if split == "validation" else order[validation_size:]
+
+
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns a random order of `size` things, a pure function of seed and epoch."""
+    # Sorted raw bits, because NumPy keeps them for ever, and a permutation's algorithm it does not.
+    return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(size), kind="stable")

@@ -1,0 +1,299 @@
+"""One training step as a pure function, and what it needs: the network and its optimizer."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from nadaptor.models import (
+    ClippedRelu,
+    Lsq,
+    NoiseAdaptor,
+    Qcfs,
+    Relu,
+    SlipRelu,
+    Ttrbr,
+    batch_norm,
+    create,
+    project_scales,
+)
+from nadaptor.quantizers import GradientMode
+from nadaptor.training.augmentation import Augmentation, prepare_batch
+from nadaptor.training.config import Activation, Config, Dtype
+from nadaptor.training.data import get_spec
+from nadaptor.training.source import Spec
+from nadaptor.training.state import TrainState
+
+
+class Metrics(NamedTuple):
+    """What one step measures on its batch, before the update; means over the images."""
+
+    loss: jax.Array
+    accuracy: jax.Array  # 0 to 1
+
+
+class Recipe(NamedTuple):
+    """What a step does beside the plain update."""
+
+    label_smoothing: float  # share of each target that is spread over all classes
+    micro_batches: int  # parts of a device's batch, computed one after another
+    average_decay: float  # d, share of the average of the parameters kept in a step
+
+
+PLAIN = Recipe(label_smoothing=0.0, micro_batches=1, average_decay=0.0)
+# (key, images, place of the first of them in the whole) -> the images as the network takes them
+Prepare = Callable[[jax.Array, jax.Array, jax.Array | int], jax.Array]
+
+
+def build_model(
+    config: Config,
+    axis_name: str | None = None,
+    *,
+    folded: bool = False,
+    num_classes: int | None = None,
+) -> nn.Module:
+    """Builds the network that a config trains.
+
+    Args:
+        config: the run.
+        axis_name: mapped axis over which the batch is split, for the moments of batch norm, the
+            start of the scales and the noise; None for one device.
+        folded: whether batch norm is folded into the layers before it.
+        num_classes: size of the last layer; None for the classes of the config's data set.
+
+    Returns:
+        The Linen module, without variables.
+
+    Raises:
+        ValueError: the model, data set or activation is unknown.
+    """
+    return _network(
+        config.model,
+        get_spec(config.dataset).num_classes if num_classes is None else num_classes,
+        config.activation,
+        config.levels,
+        config.initial_threshold,
+        config.noise_amplitude,
+        config.gradient,
+        config.dtype,
+        axis_name,
+        folded,
+    )
+
+
+def build_step(
+    config: Config, spec: Spec, total_steps: int, axis_name: str | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds the whole step of a run, from images as they are stored.
+
+    Args:
+        config: the run.
+        spec: of its data set.
+        total_steps: updates in it.
+        axis_name: mapped axis over which the batch is split.
+
+    Returns:
+        `step(state, images, labels, key)`, a pure function: `prepare_batch`, then `train_step`. The
+        same arguments give the same function, for jit to know it again.
+    """
+    model = build_model(config, axis_name, num_classes=spec.num_classes)
+    recipe = Recipe(config.label_smoothing, config.micro_batches, config.average_decay)
+    optimizer = build_optimizer(config, total_steps)
+    return _step(model, optimizer, axis_name, recipe, spec, config.augmentation)
+
+
+def build_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
+    """Builds SGD with momentum, a cosine from the learning rate to 0, and decay of all parameters.
+
+    Args:
+        config: the run.
+        total_steps: updates in it.
+
+    Returns:
+        The optimizer. The decay is added to the gradient before the momentum, as torch does.
+    """
+    return _sgd(config.learning_rate, total_steps, config.momentum, config.weight_decay)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    *,
+    axis_name: str | None = None,
+    recipe: Recipe = PLAIN,
+    prepare: Prepare | None = None,
+) -> tuple[TrainState, Metrics]:
+    """Does one update: a pure function, to be jitted or mapped with the state donated.
+
+    With several micro-batches, every A-th image makes one, so that neither its images nor its
+    noise depend on how many devices share the batch; they run one after another, batch norm's
+    averages are handed on, and the gradients are averaged. With an average of the parameters,
+    `a <- d * a + (1 - d) * params` after the update.
+
+    Args:
+        model: the network; built with the same `axis_name`.
+        optimizer: its optimizer.
+        state: the state before.
+        images: [B, H, W, C]; this device's part.
+        labels: [B], int.
+        key: typed PRNG key of the run, the same at every step and on every device: what a step
+            draws comes from `fold_in(key, step)`, the micro-batch, and an example's place in it.
+        axis_name: mapped axis over which gradients and metrics are averaged.
+        recipe: label smoothing, micro-batches and the average of the parameters.
+        prepare: what augments and normalises the images; None where they come ready.
+
+    Returns:
+        The new state, scales at their positive floor or above, and the metrics of the batch.
+    """
+    step_key = jax.random.fold_in(key, state.step)
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    first = first * (len(labels) // recipe.micro_batches)
+
+    def one(batch_stats: Any, part: tuple[jax.Array, ...]) -> tuple[Any, tuple[Any, Metrics]]:
+        images, labels, index = part
+        noise_key, augmentation_key = jax.random.split(jax.random.fold_in(step_key, index))
+        if prepare is not None:
+            images = prepare(augmentation_key, images, first)
+        grads, batch_stats, metrics = _gradients(
+            model, state.params, batch_stats, images, labels, noise_key, recipe.label_smoothing
+        )
+        return batch_stats, (grads, metrics)
+
+    batch_stats, (grads, metrics) = _in_parts(one, state.batch_stats, images, labels, recipe)
+    if axis_name is not None:
+        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = project_scales(optax.apply_updates(state.params, updates))
+    average = state.average
+    if average is not None:
+        average = optax.incremental_update(params, average, 1 - recipe.average_decay)
+    return TrainState(state.step + jnp.int32(1), params, batch_stats, opt_state, average), metrics
+
+
+def _gradients(
+    model: nn.Module,
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    noise_key: jax.Array,
+    smoothing: float,
+) -> tuple[Any, Any, Metrics]:
+    """Gradients of the mean loss of some images, batch norm's new averages, and the metrics."""
+
+    def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            rngs={"noise": noise_key},
+            mutable=["batch_stats"],
+        )
+        if smoothing:
+            targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+            losses = optax.softmax_cross_entropy(logits, targets)
+        else:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), (logits, updated["batch_stats"])
+
+    (loss, (logits, updated)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return grads, updated, Metrics(loss, (logits.argmax(-1) == labels).mean())
+
+
+def _in_parts(
+    one: Callable[[Any, tuple[jax.Array, ...]], tuple[Any, Any]],
+    batch_stats: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    recipe: Recipe,
+) -> tuple[Any, Any]:
+    """Runs `one` on each micro-batch in turn; returns the last statistics, and means."""
+    count = recipe.micro_batches
+    if count == 1:
+        return one(batch_stats, (images, labels, jnp.int32(0)))
+    parts = [
+        x.reshape(len(x) // count, count, *x.shape[1:]).swapaxes(0, 1) for x in (images, labels)
+    ]
+    # The sums are carried, and not stacked: micro-batches are there to save memory.
+    shapes = jax.eval_shape(one, batch_stats, (parts[0][0], parts[1][0], jnp.int32(0)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1])
+
+    def body(carry: tuple[Any, Any], part: tuple[jax.Array, ...]) -> tuple[Any, None]:
+        stats, measured = one(carry[0], part)
+        return (stats, jax.tree.map(lambda sum, x: sum + x / count, carry[1], measured)), None
+
+    carry, _ = jax.lax.scan(body, (batch_stats, zeros), (*parts, jnp.arange(count)))
+    return carry
+
+
+# Flax compares slots, and Optax its functions, by identity: without these caches each run would
+# have a network and an optimizer of its own, and jit would compile the same step again.
+@functools.cache
+def _network(
+    model: str,
+    num_classes: int,
+    activation: Activation,
+    levels: int,
+    threshold: float,
+    amplitude: float,
+    gradient: GradientMode,
+    dtype: Dtype,
+    axis_name: str | None,
+    folded: bool,
+) -> nn.Module:
+    slots = {
+        "relu": Relu,
+        "clipped_relu": functools.partial(ClippedRelu, axis_name=axis_name),
+        **{
+            name: functools.partial(layer, levels=levels, axis_name=axis_name)
+            for name, layer in (("lsq", Lsq), ("ttrbr", Ttrbr))
+        },
+        **{
+            name: functools.partial(
+                layer, levels=levels, initial_threshold=threshold, axis_name=axis_name
+            )
+            for name, layer in (("qcfs", Qcfs), ("slip_relu", SlipRelu))
+        },
+        "noise_adaptor": functools.partial(
+            NoiseAdaptor, levels=levels, amplitude=amplitude, gradient=gradient, axis_name=axis_name
+        ),
+    }
+    norm = None if folded else functools.partial(batch_norm, axis_name=axis_name)
+    return create(
+        model, num_classes, activation=slots[activation], norm=norm, dtype=jnp.dtype(dtype)
+    )
+
+
+@functools.cache
+def _step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None,
+    recipe: Recipe,
+    spec: Spec,
+    augmentation: Augmentation,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    def prepare(key: jax.Array, images: jax.Array, first: jax.Array | int) -> jax.Array:
+        return prepare_batch(key, images, spec, augmentation, first)
+
+    return functools.partial(
+        train_step, model, optimizer, axis_name=axis_name, recipe=recipe, prepare=prepare
+    )
+
+
+@functools.cache
+def _sgd(
+    learning_rate: float, total_steps: int, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(learning_rate, total_steps)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum)
+    )

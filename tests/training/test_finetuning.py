@@ -1,0 +1,63 @@
+"""Fine-tuning in time: gradients through spikes, and a network that is better for it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from nadaptor.training import load_snn
+from nadaptor.training.data import load_split
+from nadaptor.training.errors import RunError
+from nadaptor.training.finetuning import digits_na_finetuned, fine_tune, time_loss
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def snn(runs):
+    return runs / "digits_na" / "snn"
+
+
+@pytest.fixture(scope="module")
+def tuned(snn, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned") / "snn"
+    return out, fine_tune(snn, out, dataclasses.replace(digits_na_finetuned(), epochs=2))
+
+
+def test_every_parameter_has_a_gradient_through_the_spikes(snn):
+    model, variables, _ = load_snn(snn)
+    images, labels = (x[:32] for x in load_split("digits", "train", 150))
+    loss = jax.jit(jax.grad(lambda p: time_loss(model, p, images, labels, 2)))
+    grads = loss(variables["params"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(leaf).all(), path
+        assert np.any(leaf), path
+
+
+def test_fine_tuning_lowers_the_loss_and_keeps_what_the_network_is(tuned, snn):
+    out, losses = tuned
+    assert losses[-1] < losses[0]
+    images, labels = (x[:256] for x in load_split("digits", "train", 150))
+    measured = []
+    for folder in (snn, out):
+        model, variables, config = load_snn(folder)
+        loss = time_loss(model, variables["params"], images, labels, 2)
+        measured.append((config, float(loss)))
+    assert measured[1][1] < 0.9 * measured[0][1]
+    assert measured[1][0] == measured[0][0]
+
+
+def test_a_loss_that_is_not_finite_writes_nothing(snn, tmp_path):
+    wild = dataclasses.replace(digits_na_finetuned(), learning_rate=1e30, epochs=1)
+    with pytest.raises(RunError, match="lower the learning rate"):
+        fine_tune(snn, tmp_path / "snn", wild)
+    assert not (tmp_path / "snn").exists()
+
+
+def test_an_existing_folder_and_bad_counts_are_refused(snn, tmp_path):
+    with pytest.raises(ValueError, match="exists already"):
+        fine_tune(snn, tmp_path, digits_na_finetuned())
+    bad = dataclasses.replace(digits_na_finetuned(), num_steps=0)
+    with pytest.raises(ValueError, match="num_steps"):
+        fine_tune(snn, tmp_path / "snn", bad)

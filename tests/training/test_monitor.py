@@ -1,0 +1,37 @@
+import math
+
+import pytest
+
+from nadaptor.training.errors import RunError
+from nadaptor.training.monitor import (
+    DIVERGED_STEPS,
+    EMPTY,
+    add_step,
+    epoch_row,
+    restore_tally,
+)
+
+
+def test_a_row_holds_the_means_of_its_epoch():
+    tally = add_step(add_step(EMPTY, 0, 1.0, 0.25, 10), 1, 2.0, 0.75, 10)
+    row = epoch_row(tally, 2, 100.0, 0.5)
+    assert (row["loss"], row["accuracy"], row["validation_accuracy"]) == (1.5, 0.5, 0.5)
+
+
+def test_the_step_at_which_a_loss_broke_is_named():
+    with pytest.raises(RunError, match="the loss is inf at step 12;"):
+        add_step(EMPTY, 12, math.inf, 0.1, 10)
+
+
+def test_a_loss_that_stays_high_is_named_by_its_first_step():
+    tally = add_step(EMPTY, 4, 1.0, 0.1, 10)
+    for step in range(5, 5 + DIVERGED_STEPS - 1):
+        tally = add_step(tally, step, 30.0, 0.1, 10)
+    with pytest.raises(RunError, match="since step 5;"):
+        add_step(tally, 5 + DIVERGED_STEPS - 1, 30.0, 0.1, 10)
+    assert add_step(tally, 99, 1.0, 0.1, 10).high_since == -1
+
+
+def test_a_tally_goes_through_json():
+    tally = add_step(EMPTY, 0, 0.1, 0.3, 10)
+    assert restore_tally({"tally": tally._asdict(), "rows": []}) == (tally, [])

@@ -1,0 +1,175 @@
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import numpy as np
+import pytest
+
+from nadaptor.training import RunError, train
+from nadaptor.training.checkpoints import load_card
+from nadaptor.training.options import DEFAULT
+from nadaptor.training.snapshots import Snapshots
+
+ROOT = Path(__file__).parents[2]
+STATE = {"w": np.arange(6, dtype=np.float32), "step": np.int32(3)}
+CARD = {"config": {"seed": 0}, "data": {"class_names": ["a", "b"]}}
+
+
+def opened(folder, card=CARD):
+    return Snapshots(folder / "snapshots", 2, card)
+
+
+def latest(folder, card=CARD):
+    with contextlib.closing(opened(folder, card)) as snapshots:
+        return snapshots.latest(STATE)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    snapshots = opened(tmp_path)
+    for step, accuracy in ((1, 0.9), (2, 0.5), (3, None), (4, 0.1)):
+        snapshots.save(step, {**STATE, "step": np.int32(step)}, {"note": step}, accuracy)
+    snapshots.close()
+    return tmp_path
+
+
+def test_the_latest_and_the_best_are_kept(saved):
+    assert sorted(int(p.name) for p in (saved / "snapshots").iterdir()) == [1, 3, 4]
+    with contextlib.closing(opened(saved)) as snapshots:
+        assert snapshots.best(STATE).step == 1
+        last = snapshots.latest(STATE)
+    assert (last.step, last.card["note"]) == (4, 4)
+    chex.assert_trees_all_equal(last.state, {**STATE, "step": np.int32(4)})
+    chex.assert_trees_all_equal_dtypes(last.state, STATE)
+
+
+# A truncated file leaves an exception in the storage layer's threads that nobody fetches.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_a_damaged_snapshot_is_skipped_with_a_line_and_moved_aside(saved, capsys, how):
+    files = [p for p in (saved / "snapshots/4/state").rglob("*") if p.parent.name == "d"]
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if how == "flip" else content[:9])
+        if how == "remove":
+            file.unlink()
+    assert latest(saved).step == 3
+    assert capsys.readouterr().out.startswith("snapshot 4 skipped: ")
+    assert (saved / "damaged/4").is_dir()
+
+
+def test_nothing_readable_is_an_error_and_nothing_at_all_is_none(saved, tmp_path):
+    for card in (saved / "snapshots").glob("*/card/metadata"):
+        card.write_text("{")
+    with pytest.raises(RunError, match="none of the 3 snapshots"):
+        latest(saved)
+    assert latest(tmp_path / "new") is None
+
+
+@pytest.mark.parametrize(
+    ("card", "word"),
+    [
+        ({**CARD, "config": {"seed": 1}}, "has seed=0, not 1"),
+        ({**CARD, "data": {"class_names": ["b", "a"]}}, r"has class_names=\['a', 'b'\]"),
+    ],
+)
+def test_another_config_or_data_set_is_refused_by_the_field(saved, card, word):
+    with pytest.raises(ValueError, match=word):
+        latest(saved, card)
+
+
+def test_a_state_that_is_not_finite_is_not_saved(saved):
+    snapshots = opened(saved)
+    with pytest.raises(RunError, match="w is not finite after 9 updates"):
+        snapshots.save(9, {**STATE, "w": np.float32([np.nan])}, {})
+    assert snapshots.latest(STATE).step == 4
+    snapshots.close()
+
+
+def test_a_full_disk_leaves_the_earlier_snapshots_and_the_run_goes_on(saved, capsys, monkeypatch):
+    snapshots = opened(saved)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshots._manager, "save", full)
+    snapshots.save(5, STATE, {})
+    assert "a snapshot was not saved, the earlier ones are kept: OSError" in capsys.readouterr().out
+    snapshots.save(6, STATE, {})
+    snapshots.close()
+    assert latest(saved).step == 6
+
+
+@pytest.fixture(scope="module")
+def door(runs, tiny, tmp_path_factory):
+    """Runs train.py as a process, in a folder in which the parent alone is trained."""
+
+    def start(folder, *more):
+        folder.mkdir(exist_ok=True)
+        if not (folder / "digits_relu").exists():
+            shutil.copytree(runs / "digits_relu", folder / "digits_relu")
+        sizes = ["--model", tiny.model, "--epochs", "3", "--workdir", folder]
+        command = [sys.executable, "train.py", "digits_na", *sizes, "--snapshot-steps", "5", *more]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=env, text=True, stdout=-1, stderr=-1
+        )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(runs, tiny, tmp_path_factory):
+    """The checkpoint of the run that nobody interrupts, and its metrics."""
+    folder = tmp_path_factory.mktemp("whole")
+    shutil.copytree(runs / "digits_relu", folder / "digits_relu")
+    checkpoint = train(dataclasses.replace(tiny, epochs=3), folder)
+    return load_card(checkpoint, "ann")["digests"], metrics(folder)
+
+
+def metrics(folder):
+    lines = (folder / "digits_na" / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if "second" not in k} for x in lines]
+
+
+def wait_for(folder, step, process):
+    """Waits until there is a snapshot of that step or a later one."""
+    while process.poll() is None:
+        names = [p.name for p in (folder / "digits_na/snapshots").glob("*")]
+        if any(name.isdigit() and int(name) >= step for name in names):
+            return
+        time.sleep(0.02)
+
+
+def test_a_run_that_is_killed_ends_as_the_one_that_is_not(door, whole, tmp_path):
+    for step, sent in ((5, signal.SIGKILL), (20, signal.SIGTERM)):
+        process = door(tmp_path)
+        wait_for(tmp_path, step, process)
+        process.send_signal(sent)
+        _, err = process.communicate()
+        if sent == signal.SIGTERM:
+            assert process.returncode == 143, err
+            assert "told to end after" in err
+        assert not (tmp_path / "digits_na/checkpoint").exists()
+    process = door(tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "digits_na: resumed at step" in out
+    card = load_card(tmp_path / "digits_na/checkpoint", "ann")
+    assert (card["digests"], metrics(tmp_path)) == whole
+
+
+def test_a_run_resumed_with_another_config_is_refused(runs, tiny, tmp_path):
+    shutil.copytree(runs / "digits_relu", tmp_path / "digits_relu")
+    shutil.copytree(runs / "digits_na/snapshots", tmp_path / "digits_na/snapshots")
+    with pytest.raises(ValueError, match=r"has weight_decay=0.0005, not 0.1; resume it"):
+        train(dataclasses.replace(tiny, weight_decay=0.1), tmp_path, DEFAULT)

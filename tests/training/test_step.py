@@ -1,0 +1,123 @@
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nadaptor.models import SCALE_FLOOR, is_scale
+from nadaptor.training.configs import get_config
+from nadaptor.training.data import batch_at, load_split
+from nadaptor.training.state import init_state
+from nadaptor.training.step import build_model, build_optimizer, train_step
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return batch_at(load_split("digits", "train", 150), 0, 0, BATCH)
+
+
+def small(name, **changes):
+    return dataclasses.replace(get_config(name), model="digits_resnet8", **changes)
+
+
+def start(config, batch, axis_name=None):
+    model, optimizer = build_model(config, axis_name), build_optimizer(config, 10)
+    # The start is measured on the whole batch, outside any map.
+    state = init_state(build_model(config), optimizer, batch.images, jax.random.key(0))
+    step = functools.partial(train_step, model, optimizer, axis_name=axis_name)
+    return step, state
+
+
+def test_a_step_is_a_pure_function(batch):
+    step, state = start(small("digits_na"), batch)
+    copy = jax.tree.map(jnp.copy, state)
+    step = jax.jit(step)
+    key = jax.random.key(1)
+    chex.assert_trees_all_equal(step(state, *batch, key), step(state, *batch, key))
+    chex.assert_trees_all_equal(state, copy)
+
+
+def test_only_the_noise_adaptor_depends_on_the_key_and_on_the_step(batch):
+    for name, depends in (("digits_lsq", False), ("digits_na", True)):
+        step, state = start(small(name), batch)
+        step = jax.jit(step)
+        later = state._replace(step=state.step + 1)
+        loss = step(state, *batch, jax.random.key(1))[1].loss
+        assert (step(state, *batch, jax.random.key(2))[1].loss != loss) == depends
+        assert (step(later, *batch, jax.random.key(1))[1].loss != loss) == depends
+
+
+def test_the_optimizer_is_sgd_with_momentum_decay_of_everything_and_a_cosine():
+    rate, decay, momentum, total = 0.1, 0.01, 0.9, 4
+    config = small("digits_na", learning_rate=rate, weight_decay=decay, momentum=momentum)
+    optimizer = build_optimizer(config, total)
+    w, g, trace = 2.0, 0.5, 0.0
+    params = {"act1": {"quant_scale": jnp.array(w)}}
+    state = optimizer.init(params)
+    for i in range(total):
+        trace = g + decay * w + momentum * trace
+        w -= rate * 0.5 * (1 + np.cos(np.pi * i / total)) * trace
+        grads = {"act1": {"quant_scale": jnp.array(g)}}
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        chex.assert_trees_all_close(params["act1"]["quant_scale"], w, rtol=1e-6)
+
+
+def test_scales_stay_positive_whatever_the_update(batch):
+    step, state = start(small("digits_na", learning_rate=1e4), batch)
+    params = jax.jit(step)(state, *batch, jax.random.key(0))[0].params
+    scales = [x for path, x in jax.tree_util.tree_leaves_with_path(params) if is_scale(path)]
+    assert len(scales) == 7
+    assert min(scales) == np.float32(SCALE_FLOOR)
+
+
+@pytest.mark.parametrize("name", ["digits_relu", "digits_lsq", "digits_na"])
+def test_a_batch_split_over_an_axis_trains_as_one(batch, name):
+    one, state = start(small(name), batch)
+    split, _ = start(small(name), batch, axis_name="batch")
+    shards = [x.reshape(2, BATCH // 2, *x.shape[1:]) for x in batch]
+    key = jax.random.key(3)
+    mapped = jax.vmap(split, in_axes=(None, 0, 0, None), axis_name="batch")
+    together = jax.jit(mapped)(state, *shards, key)
+    first, second = (jax.tree.map(lambda x, i=i: x[i], together) for i in range(2))
+    chex.assert_trees_all_close(first, second)
+    whole = jax.jit(one)(state, *batch, key)
+    chex.assert_trees_all_close(first[1], whole[1], rtol=1e-5)
+    # A value at a rounding edge may fall on the other side of it, so that single entries differ.
+    for a, b in zip(*map(jax.tree.leaves, (first[0].params, whole[0].params)), strict=True):
+        assert np.mean(np.abs(a - b) > 1e-3) < 0.01
+
+
+def test_a_network_is_built_once_for_all_seeds():
+    a, b = (small("digits_na", seed=seed) for seed in (0, 1))
+    assert build_model(a) is build_model(b)
+    assert build_optimizer(a, 5) is build_optimizer(b, 5)
+    assert build_model(a) is not build_model(a, folded=True)
+
+
+def test_the_start_keeps_pretrained_weights_and_adds_scales_alone(batch):
+    _, pretrained = start(small("digits_relu"), batch)
+    config = small("digits_na")
+    model, optimizer = build_model(config), build_optimizer(config, 10)
+    state = init_state(model, optimizer, batch.images, jax.random.key(5), pretrained.variables)
+    chex.assert_trees_all_equal(state.batch_stats, pretrained.batch_stats)
+    paths = dict(jax.tree_util.tree_leaves_with_path(state.params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(pretrained.params):
+        chex.assert_trees_all_equal(paths.pop(path), leaf)
+    assert all(map(is_scale, paths))
+    assert len(paths) == 7
+
+
+def test_a_start_from_other_weights_is_refused(batch):
+    _, pretrained = start(small("digits_relu"), batch)
+    config = dataclasses.replace(small("digits_na"), model="digits_resnet20")
+    model, optimizer = build_model(config), build_optimizer(config, 10)
+    with pytest.raises(ValueError, match="variables lack more than scales"):
+        init_state(model, optimizer, batch.images, jax.random.key(0), pretrained.variables)
