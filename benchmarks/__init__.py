@@ -1,0 +1,1 @@
+"""Benchmarks: speed and memory beside the peers, in pairs within one run."""
