@@ -15,6 +15,7 @@ import numpy as np
 
 from nadaptor._checks import check_key, check_levels, check_positive
 from nadaptor._marks import Activation, Mark, apply_activation, decode, encode
+from nadaptor._noise import uniform_noise
 
 GradientMode = Literal["paper", "exact"]
 ClipOrder = Literal["last", "first"]
@@ -70,7 +71,8 @@ def noise_adaptor(
     noise is `clip(v, 0, p*s)`.
 
     Args:
-        key: typed PRNG key (`jax.random.key`), consumed by this call.
+        key: typed PRNG key (`jax.random.key`) of any implementation, consumed by this call. It
+            seeds a cheap generator that draws for the elements (see `_noise.py`).
         v: pre-activation, any shape, floating point.
         scale: quantization step s > 0 in the units of v; a scalar, or broadcastable to v.
         levels: p, a positive integer; the neuron's threshold is `levels * scale`.
@@ -224,7 +226,7 @@ def _lsq(levels: int) -> Activation:
 @functools.cache
 def _noise_adaptor(levels: int, amplitude: float, gradient: str) -> Activation:
     def perturb(x, key):
-        return x + jax.random.uniform(key, x.shape, x.dtype, -amplitude, amplitude)
+        return x + uniform_noise(key, x.shape, amplitude).astype(x.dtype)
 
     def residual(x, noisy):
         reference = noisy if gradient == "paper" else x

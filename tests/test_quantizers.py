@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 import nadaptor
 from nadaptor._marks import read_mark
+from nadaptor._noise import uniform_noise
 
 LEVELS = 3
 SCALE = 0.25
@@ -21,8 +22,8 @@ ROUNDED = np.array([0, 0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 3], np.float32)
 INSIDE = (X > 0) & (X < LEVELS)
 
 
-def noise(key, shape, amplitude=0.5, dtype=jnp.float32):
-    return np.asarray(jax.random.uniform(key, shape, dtype, -amplitude, amplitude))
+def noise(key, shape, amplitude=0.5):
+    return np.asarray(uniform_noise(key, shape, amplitude))
 
 
 def round_half_up(x):
