@@ -1,6 +1,6 @@
 """Linen networks to train, their activation layers, and batch-norm folding."""
 
-from nadaptor.models.activations import ClippedRelu, Lsq, NoiseAdaptor, Relu
+from nadaptor.models.activations import AnyLevel, ClippedRelu, Lsq, NoiseAdaptor, Relu
 from nadaptor.models.folding import fold_batch_norm
 from nadaptor.models.registry import MODELS, create
 from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet, batch_norm
@@ -10,6 +10,7 @@ from nadaptor.models.threshold_activations import Qcfs, SlipRelu, Ttrbr
 __all__ = [
     "MODELS",
     "SCALE_FLOOR",
+    "AnyLevel",
     "BasicBlock",
     "Bottleneck",
     "ClippedRelu",

@@ -11,6 +11,7 @@ the noise off it computes `lsq`, the deterministic network, and that is what get
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,9 @@ import jax.numpy as jnp
 from nadaptor._checks import check_levels
 from nadaptor.models.scales import SCALE_FLOOR
 from nadaptor.quantizers import GradientMode, clipped_relu, lsq, noise_adaptor
+
+# Sets the draw of a network's levels apart from the keys of its layers.
+DRAW = 0x1E7E15
 
 
 class Relu(nn.Module):
@@ -136,6 +140,12 @@ class NoiseAdaptor(Lsq):
         # Not make_rng alone: without "noise" Flax silently falls back to the "params" stream.
         if not self.has_rng("noise"):
             return super().quantize(v, scale)
+        return self.quantize_noisy(self._example_keys(v.shape[0]), v, scale, self.levels)
+
+    def quantize_noisy(
+        self, keys: jax.Array, v: jax.Array, scale: jax.Array, levels: int
+    ) -> jax.Array:
+        """Returns the noisy activation of v, one key an example."""
         factor = self.gradient_factor(v, scale)
 
         def one(key: jax.Array, example: jax.Array) -> jax.Array:
@@ -143,13 +153,13 @@ class NoiseAdaptor(Lsq):
                 key,
                 example,
                 scale,
-                self.levels,
+                levels,
                 amplitude=self.amplitude,
                 gradient=self.gradient,
                 gradient_scale=factor,
             )
 
-        return jax.vmap(one)(self._example_keys(v.shape[0]), v)
+        return jax.vmap(one)(keys, v)
 
     def _example_keys(self, batch: int) -> jax.Array:
         first = _across(self, lambda _, axis: jax.lax.axis_index(axis) * batch, 0)
@@ -157,6 +167,64 @@ class NoiseAdaptor(Lsq):
         return jax.vmap(lambda index: jax.random.fold_in(layer_key, index))(
             first + jnp.arange(batch)
         )
+
+
+class AnyLevel(NoiseAdaptor):
+    """`NoiseAdaptor` whose levels are drawn anew at each step, with the threshold th = p*s kept.
+
+    Where `apply` is given a key for the stream "noise", one of `drawn` is drawn for the whole
+    network, l say, and v is quantized with noise to `th/l * {0, ..., l}`: in one run the network
+    learns to work after few time steps, of which l = 1 is the first, and after many. Without the
+    key it computes `lsq` with p levels, and that is what gets converted.
+
+    Attributes:
+        drawn: the levels to draw from, each as likely.
+
+    Raises:
+        ValueError: bad levels, when the layer is built; v has no batch axis.
+
+    Example:
+        >>> layer, v = AnyLevel(levels=2, data_start=False, drawn=(1,)), jnp.full((2, 3), 1.0)
+        >>> variables = layer.init(jax.random.key(0), v)
+        >>> noisy = layer.apply(variables, v, rngs={"noise": jax.random.key(1)})
+        >>> sorted(set(noisy.ravel().tolist()))  # multiples of th/1 = 2
+        [0.0, 2.0]
+
+    Source: this project; the quantizer is the Noise Adaptor's, Eq. 7-10.
+    """
+
+    drawn: tuple[int, ...] = (1, 2, 4)
+
+    def __post_init__(self) -> None:
+        """Checks the levels."""
+        for levels in self.drawn:
+            check_levels(levels)
+        if not self.drawn:
+            raise ValueError("drawn must name at least one number of levels, as (1, 2, 4)")
+        super().__post_init__()
+
+    def quantize(self, v: jax.Array, scale: jax.Array) -> jax.Array:
+        """Returns the activation of v, with the levels of this step where "noise" is."""
+        if not self.has_rng("noise"):
+            return super().quantize(v, scale)
+        keys, threshold = self._example_keys(v.shape[0]), scale * self.levels
+        noisy = [
+            functools.partial(self._noisy, threshold=threshold, levels=levels)
+            for levels in self.drawn
+        ]
+        return jax.lax.switch(self._draw(), noisy, keys, v)
+
+    def _noisy(
+        self, keys: jax.Array, v: jax.Array, threshold: jax.Array, levels: int
+    ) -> jax.Array:
+        return self.quantize_noisy(keys, v, threshold / levels, levels)
+
+    def _draw(self) -> jax.Array:
+        # Of the key that apply was given, and not of this layer's: all layers draw the same.
+        assert self.scope is not None
+        network_key: Any = self.scope.root.rngs["noise"]
+        network_key = network_key.as_jax_rng()
+        return jax.random.randint(jax.random.fold_in(network_key, DRAW), (), 0, len(self.drawn))
 
 
 class ClippedRelu(nn.Module):

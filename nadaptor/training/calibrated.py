@@ -24,7 +24,7 @@ from nadaptor.calibration import (
 )
 from nadaptor.models import ClippedRelu, fold_batch_norm
 from nadaptor.training.checkpoints import load_checkpoint, save_checkpoint
-from nadaptor.training.config import Config
+from nadaptor.training.config import from_json, to_json
 from nadaptor.training.conversion import build_folded
 from nadaptor.training.data import load_split
 
@@ -62,7 +62,7 @@ def convert_calibrated(checkpoint: Path, out: Path, options: CalibrationOptions)
     if out.exists():
         raise ValueError(f"{out} exists already; choose another --out or remove it")
     variables, card = load_checkpoint(checkpoint, "ann")
-    config = Config(**card["config"])
+    config = from_json(card["config"])
     if config.activation != "relu":
         raise ValueError(
             f"{checkpoint} was trained with {config.activation!r}, which has thresholds of its "
@@ -75,7 +75,7 @@ def convert_calibrated(checkpoint: Path, out: Path, options: CalibrationOptions)
     model = build_folded(clipped)
     calibrated = calibrate_resnet(model, fold_batch_norm(variables), images, options)
     card = {
-        "config": dataclasses.asdict(clipped),
+        "config": to_json(clipped),
         "parent": card["card_digest"],
         "calibration": dataclasses.asdict(options),
     }

@@ -2,14 +2,17 @@
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from nadaptor._checks import check_count, check_levels
 
 Activation = Literal[
-    "relu", "lsq", "noise_adaptor", "clipped_relu", "qcfs", "slip_relu", "ttrbr"
+    "relu", "lsq", "noise_adaptor", "any_level", "clipped_relu", "qcfs", "slip_relu", "ttrbr"
 ]
+# Activations with noise, that compute "lsq" without it.
+NOISY: tuple[Activation, ...] = ("noise_adaptor", "any_level")
 Dtype = Literal["float32", "bfloat16"]
 Prng = Literal["threefry2x32", "rbg", "unsafe_rbg"]
 
@@ -38,10 +41,14 @@ class Config:
     levels: int
     # Start of the learned threshold, in the units of its input; used by "qcfs" and "slip_relu".
     initial_threshold: float
-    # Half-width of the noise, in units of the scale; used by "noise_adaptor" alone.
+    # Half-width of the noise, in units of the scale; used by "noise_adaptor" and "any_level".
     noise_amplitude: float
     # Gradient of the noise adaptor's scale: Eq. 10 ("paper") or Eq. 7's ("exact").
     gradient: Literal["paper", "exact"]
+    # Whether LSQ's factor 1/sqrt(N*p) is on the gradient of the scale.
+    scale_gradient: bool
+    # Levels of which each step of "any_level" draws one.
+    drawn_levels: tuple[int, ...]
     # Data set to train on.
     dataset: str
     # Images held out of the training set to choose by.
@@ -88,7 +95,8 @@ def check_config(config: Config) -> Config:
         Traceback (most recent call last):
         ValueError: epochs must be a positive int, not 0
     """
-    check_levels(config.levels)
+    for levels in (config.levels, *config.drawn_levels):
+        check_levels(levels)
     for field in ("epochs", "batch_size", "validation_size", "micro_batches"):
         check_count(getattr(config, field), field)
     if config.train_size is not None:
@@ -103,6 +111,23 @@ def check_config(config: Config) -> Config:
         if not 0 <= getattr(config, field) < float("inf"):
             raise ValueError(f"{field} must be a number >= 0, not {getattr(config, field)!r}")
     return config
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """Returns the fields of a config as JSON gives them back: a tuple is a list."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(fields: Mapping[str, Any]) -> Config:
+    """Returns the config that `to_json` was given.
+
+    Example:
+        >>> from nadaptor.training.configs import get_config
+        >>> from_json(to_json(get_config("digits_na"))) == get_config("digits_na")
+        True
+    """
+    tuples: dict[str, Any] = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+    return Config(**{**fields, **tuples})
 
 
 def check_name(name: str, known: Mapping[str, Any], what: str) -> str:

@@ -26,6 +26,8 @@ def digits_relu() -> Config:
         initial_threshold=4.0,
         noise_amplitude=0.5,
         gradient="paper",
+        scale_gradient=True,
+        drawn_levels=(1, 2, 4),
         dataset="digits",
         validation_size=150,
         model="digits_resnet20",

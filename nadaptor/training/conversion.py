@@ -12,7 +12,7 @@ from flax import traverse_util
 from nadaptor._checks import check_count
 from nadaptor.models import fold_batch_norm
 from nadaptor.training.checkpoints import load_checkpoint, save_checkpoint
-from nadaptor.training.config import Config
+from nadaptor.training.config import NOISY, Config, from_json, to_json
 from nadaptor.training.errors import RunError
 from nadaptor.training.identities import Check, check_conversion
 from nadaptor.training.run import config_split
@@ -46,7 +46,7 @@ def convert(
     if check_count(num_images, "num_images") < 2:
         raise ValueError("num_images must be at least 2, for the check that splits the batch")
     variables, card = load_checkpoint(checkpoint, "ann")
-    config = Config(**card["config"])
+    config = from_json(card["config"])
     if config.activation == "relu":
         raise ValueError(
             f"{checkpoint} is a full-precision network, in which nothing would spike; train a "
@@ -85,13 +85,13 @@ def load_snn(checkpoint: Path) -> tuple[nn.Module, Any, Config]:
         ValueError: there is no such checkpoint, or it is damaged.
     """
     variables, card = load_checkpoint(checkpoint, "snn")
-    config = Config(**card["config"])
+    config = from_json(card["config"])
     return build_folded(config, class_count(variables)), variables, config
 
 
 def build_folded(config: Config, num_classes: int | None = None) -> nn.Module:
     """Builds the network to simulate: without batch norm, and with no noise to switch on."""
-    activation = "lsq" if config.activation == "noise_adaptor" else config.activation
+    activation = "lsq" if config.activation in NOISY else config.activation
     quiet = dataclasses.replace(config, activation=activation, dtype="float32")
     return build_model(quiet, folded=True, num_classes=num_classes)
 
@@ -111,7 +111,7 @@ def _card(config: Config, variables: Any, checks: list[Check], source: str) -> d
         "model": config.model,
         "levels": config.levels,
         "thresholds": {name: (s * config.levels).tolist() for name, s in scales.items()},
-        "config": dataclasses.asdict(config),
+        "config": to_json(config),
         "source": source,
         "checks": [{**check._asdict(), "holds": check.holds} for check in checks],
     }

@@ -8,26 +8,47 @@ from the cells.
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from nadaptor._checks import check_count
-from nadaptor.training.config import Activation, Config
+from nadaptor.training.config import Config, to_json
 from nadaptor.training.configs import get_config
 from nadaptor.training.conversion import convert, load_snn
-from nadaptor.training.data import load_split
 from nadaptor.training.errors import RunError
 from nadaptor.training.evaluation import ann_accuracy, snn_accuracy
-from nadaptor.training.files import markdown, write_bytes, write_csv, write_json
+from nadaptor.training.files import write_json
 from nadaptor.training.inference import CorrectionName, get_inference
 from nadaptor.training.loop import train
-from nadaptor.training.reports import Curve, plot_panels
+from nadaptor.training.options import DEFAULT, Options
+from nadaptor.training.reports import noisy_accuracy
+from nadaptor.training.run import config_split
 
+Method = Literal[
+    "lsq",
+    "noise_adaptor",
+    "noise_adaptor_exact",
+    "noise_adaptor_unscaled",
+    "any_level",
+    "qcfs",
+    "slip_relu",
+    "ttrbr",
+    "clipped_relu",
+]
+# What a method sets in a config beside p, where that is more than the activation of its name:
+# Eq. 7's own gradient in place of Eq. 10, and LSQ's factor on the gradient of the scale left out.
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
+    "noise_adaptor_unscaled": {"activation": "noise_adaptor", "scale_gradient": False},
+    "any_level": {"activation": "any_level", "gradient": "exact", "scale_gradient": False},
+}
 # Methods whose levels are not a choice: one network serves every p of the study.
 FIXED_LEVELS: Mapping[str, int] = {"clipped_relu": 1, "ttrbr": 32}
+# Fields of a study that a cell's figures depend on, beside its config.
+SETTINGS = ("num_steps", "correction_steps", "split", "num_images")
+# Fields of a study that are put in place of its config's.
+CHANGED = ("model", "epochs", "learning_rate", "train_size")
 Cells = Mapping["Cell", Mapping[str, Any]]
 
 
@@ -35,8 +56,8 @@ Cells = Mapping["Cell", Mapping[str, Any]]
 class Study:
     """What to compare."""
 
-    # Activations to train with.
-    methods: tuple[Activation, ...] = (
+    # What to train with: activations, and variants of them.
+    methods: tuple[Method, ...] = (
         "lsq", "noise_adaptor", "qcfs", "slip_relu", "ttrbr", "clipped_relu"
     )
     # p; ttrbr and clipped_relu have theirs fixed.
@@ -55,18 +76,22 @@ class Study:
     epochs: int | None = None
     # Step size of the first update, where it is not the config's.
     learning_rate: float | None = None
+    # Training images, where they are not the config's.
+    train_size: int | None = None
     # T, time steps of each simulation.
     num_steps: int = 32
     # Steps that offset spikes (rho) and SRP (tau) spend before the T that count.
     correction_steps: int = 4
     # Images to measure on; the test set is for final figures, not for choices.
     split: Literal["validation", "test"] = "validation"
+    # First images of the split to measure on; None for all.
+    num_images: int | None = None
 
 
 class Network(NamedTuple):
     """One network to train, for each seed."""
 
-    method: Activation
+    method: Method
     levels: int
 
     @property
@@ -83,15 +108,17 @@ class Cell(NamedTuple):
     seed: int
 
 
-def run_study(study: Study, workdir: Path) -> Cells:
+def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
     """Trains, converts and simulates all of a study that is not there yet.
 
     Args:
         study: what to compare.
         workdir: folder of the runs, `seedN/NETWORK`, and of `cells`.
+        options: where each run reads and runs, and the file of weights it starts from.
 
     Returns:
-        Each cell's measurement: `ann`, accuracy of the quantized network; `accuracy`, the spiking
+        Each cell's measurement: `ann` and `ann_noisy`, accuracy of the quantized network with the
+        noise off and on (None where it cannot have any); `accuracy`, the spiking
         network's at t = 1 to T; `total_steps`, with those of the correction; or `failed`, why
         there is none. Accuracies are shares, 0 to 1.
 
@@ -102,14 +129,14 @@ def run_study(study: Study, workdir: Path) -> Cells:
         check_count(count, name)
     cells = list(cells_of(study))
     for done, cell in enumerate(cells, start=1):
-        path = _path(workdir, cell)
+        path = _path(workdir, study.split, cell)
         if path.exists():
             _read(path, cell, study)
             continue
         print(f"[{done} of {len(cells)}] {cell.network.name}, {cell.correction}, seed {cell.seed}")
         settings = _settings(cell, study)
-        write_json(path, {"settings": settings, **_measure(cell, study, workdir)})
-    return {cell: _read(_path(workdir, cell), cell, study) for cell in cells}
+        write_json(path, {"settings": settings, **_measure(cell, study, workdir, options)})
+    return {cell: _read(_path(workdir, study.split, cell), cell, study) for cell in cells}
 
 
 def cells_of(study: Study) -> Iterator[Cell]:
@@ -121,41 +148,11 @@ def cells_of(study: Study) -> Iterator[Cell]:
         ['lsq_p1', 'lsq_p2', 'ttrbr']
     """
     for seed in range(study.seeds):
-        yield from (Cell(network, correction, seed) for network, correction in _lines(study))
+        yield from (Cell(network, correction, seed) for network, correction in lines_of(study))
 
 
-def write_study(study: Study, cells: Cells, out: Path) -> None:
-    """Writes a study as `grid.csv`, `table.md`, `accuracy.png` and `total_steps.png`.
-
-    Args:
-        study: what was compared.
-        cells: from `run_study`.
-        out: folder for the files.
-    """
-    write_csv(out / "grid.csv", _rows(study, cells))
-    table = markdown([_summary(study, cells, n, c) for n, c in _lines(study)])
-    write_bytes(out / "table.md", f"{table}\n".encode())
-    print(f"\n{table}\n")
-    label = f"{study.split} accuracy, %"
-    by_levels = {
-        f"p = {p}, correction: {study.corrections[0]}": [
-            _curve(study, cells, network, study.corrections[0], network.method)
-            for network in _networks(study)
-            if network.levels == p or network.method in FIXED_LEVELS
-        ]
-        for p in study.levels
-    }
-    plot_panels(by_levels, label, out / "accuracy.png")
-    chosen = study.levels[len(study.levels) // 2]
-    by_method = {
-        network.name: [_curve(study, cells, network, c, c) for c in study.corrections]
-        for network in _networks(study)
-        if network.levels == chosen or network.method in FIXED_LEVELS
-    }
-    plot_panels(by_method, label, out / "total_steps.png", total=True)
-
-
-def _networks(study: Study) -> list[Network]:
+def networks_of(study: Study) -> list[Network]:
+    """Returns the networks to train for each seed."""
     return [
         Network(method, levels)
         for method in study.methods
@@ -163,52 +160,53 @@ def _networks(study: Study) -> list[Network]:
     ]
 
 
-def _lines(study: Study) -> list[tuple[Network, CorrectionName]]:
-    return list(itertools.product(_networks(study), study.corrections))
+def lines_of(study: Study) -> list[tuple[Network, CorrectionName]]:
+    """Returns the lines of the table: each has a cell for every seed."""
+    return list(itertools.product(networks_of(study), study.corrections))
 
 
-def _measure(cell: Cell, study: Study, workdir: Path) -> dict[str, Any]:
+def _measure(cell: Cell, study: Study, workdir: Path, options: Options) -> dict[str, Any]:
     """Trains and converts where that is still to be done, and simulates."""
     inference = get_inference(cell.correction, study.correction_steps)
     try:
-        checkpoint = train(_config(cell, study), workdir / f"seed{cell.seed}")
+        checkpoint = train(config_of(cell, study), workdir / f"seed{cell.seed}", options)
         snn = checkpoint.parent / "snn"
         if not snn.exists():
-            convert(checkpoint, snn)
+            convert(checkpoint, snn, data_dir=options.data_dir)
     except RunError as error:
         return {"failed": str(error)}
     model, variables, config = load_snn(snn)
-    images = load_split(config.dataset, study.split, config.validation_size)
+    images = config_split(config, study.split, options.data_dir, study.num_images)
     result = snn_accuracy(model, variables, images, study.num_steps, inference=inference)
     return {
         "ann": ann_accuracy(model, variables, images),
+        "ann_noisy": noisy_accuracy(config, variables, images),
         "accuracy": result.accuracy,
         "total_steps": inference.total_steps(study.num_steps),
     }
 
 
-def _config(cell: Cell, study: Study) -> Config:
+def config_of(cell: Cell, study: Study) -> Config:
+    """Returns the config that a cell's network is trained with."""
     config = get_config(study.config)
     return dataclasses.replace(
         config,
         name=cell.network.name,
-        activation=cell.network.method,
+        **{"activation": cell.network.method, **METHODS.get(cell.network.method, {})},
         levels=cell.network.levels,
         seed=cell.seed,
-        model=study.model or config.model,
-        epochs=study.epochs or config.epochs,
-        learning_rate=study.learning_rate or config.learning_rate,
+        **{name: value for name in CHANGED if (value := getattr(study, name)) is not None},
     )
 
 
-def _path(workdir: Path, cell: Cell) -> Path:
-    return workdir / "cells" / f"{cell.network.name}-{cell.correction}-seed{cell.seed}.json"
+def _path(workdir: Path, split: str, cell: Cell) -> Path:
+    return workdir / "cells" / split / f"{cell.network.name}-{cell.correction}-seed{cell.seed}.json"
 
 
 def _settings(cell: Cell, study: Study) -> dict[str, Any]:
     """All that a cell's figures depend on."""
-    of_study = {name: getattr(study, name) for name in ("num_steps", "correction_steps", "split")}
-    return {**of_study, "config": dataclasses.asdict(_config(cell, study))}
+    of_study = {name: getattr(study, name) for name in SETTINGS}
+    return {**of_study, "config": to_json(config_of(cell, study))}
 
 
 def _read(path: Path, cell: Cell, study: Study) -> dict[str, Any]:
@@ -220,69 +218,3 @@ def _read(path: Path, cell: Cell, study: Study) -> dict[str, Any]:
             f"{path} was measured with another {', '.join(names)}; choose another workdir"
         )
     return found
-
-
-def _steps(study: Study) -> list[int]:
-    """The time steps to report: powers of 2, and the last."""
-    powers = {2**k for k in range(study.num_steps.bit_length())}
-    return sorted(powers | {study.num_steps})
-
-
-def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
-    """One row for each cell and reported t; no accuracy where the network failed."""
-    return [
-        {
-            "method": cell.network.method,
-            "levels": cell.network.levels,
-            "correction": cell.correction,
-            "seed": cell.seed,
-            "ann": "" if "failed" in measured else f"{measured['ann']:.4f}",
-            "t": t,
-            "network_steps": _total(cell.correction, study, t),
-            "accuracy": "" if "failed" in measured else f"{measured['accuracy'][t - 1]:.4f}",
-        }
-        for cell, measured in cells.items()
-        for t in _steps(study)
-    ]
-
-
-def _total(correction: CorrectionName, study: Study, num_steps: int) -> int:
-    """Network steps that T counted steps take."""
-    return get_inference(correction, study.correction_steps).total_steps(num_steps)
-
-
-def _summary(
-    study: Study, cells: Cells, network: Network, correction: CorrectionName
-) -> dict[str, str]:
-    """One row of the table: means and sample deviations over the seeds that gave a network."""
-    of_line = _of(study, cells, network, correction)
-    return {
-        "method": network.name,
-        "correction": correction,
-        "steps before": str(_total(correction, study, 0)),
-        "seeds": str(len(of_line)),
-        "ANN": _mean([m["ann"] for m in of_line]),
-        **{f"T = {t}": _mean([m["accuracy"][t - 1] for m in of_line]) for t in _steps(study)},
-    }
-
-
-def _of(study: Study, cells: Cells, network: Network, correction: CorrectionName) -> list[Any]:
-    measured = [cells[Cell(network, correction, seed)] for seed in range(study.seeds)]
-    return [m for m in measured if "failed" not in m]
-
-
-def _mean(shares: Sequence[float]) -> str:
-    """Mean and sample deviation in %; no deviation of one, nothing of none."""
-    if not shares:
-        return "failed"
-    mean = f"{100 * np.mean(shares):.1f}"
-    return mean if len(shares) == 1 else f"{mean}±{100 * np.std(shares, ddof=1):.1f}"
-
-
-def _curve(
-    study: Study, cells: Cells, network: Network, correction: CorrectionName, label: str
-) -> Curve:
-    of_line = _of(study, cells, network, correction)
-    shares = np.array([m["accuracy"] for m in of_line] or [[np.nan] * study.num_steps])
-    deviation = shares.std(0, ddof=1) if len(shares) > 1 else np.zeros(study.num_steps)
-    return Curve(label, shares.mean(0).tolist(), deviation.tolist(), _total(correction, study, 0))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from nadaptor.training.checkpoints import load_card, load_checkpoint, save_checkpoint
-from nadaptor.training.config import Config
+from nadaptor.training.config import Config, to_json
 from nadaptor.training.configs import INHERITED, parent_of
 from nadaptor.training.errors import Interrupted
 from nadaptor.training.logs import Log, percent
@@ -254,7 +254,7 @@ def _finished(checkpoint: Path, config: Config, fields: Iterable[str]) -> Path:
     """Returns the checkpoint of a finished run, if its config agrees in these fields."""
     trained = load_card(checkpoint, "ann")["config"]
     for field in fields:
-        wanted = getattr(config, field)
+        wanted = to_json(config)[field]
         if trained[field] != wanted:
             raise ValueError(
                 f"{checkpoint} was trained with {field}={trained[field]!r}, not {wanted!r}; "

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nadaptor._checks import check_count
-from nadaptor.training.config import Config
+from nadaptor.training.config import NOISY, Config, to_json
 from nadaptor.training.conversion import class_count, load_snn
 from nadaptor.training.data import Split
 from nadaptor.training.evaluation import ann_accuracy, snn_accuracy
@@ -68,12 +68,12 @@ def simulate_checkpoint(
         model, variables, images, num_steps, inference=inference, confidences=CONFIDENCES
     )
     return {
-        "config": dataclasses.asdict(config),
+        "config": to_json(config),
         "split": split,
         "num_images": len(images.labels),
         "num_steps": num_steps,
         "total_steps": inference.total_steps(num_steps),
-        "ann_noisy": _noisy_accuracy(config, variables, images),
+        "ann_noisy": noisy_accuracy(config, variables, images),
         "ann_deterministic": ann_accuracy(model, variables, images),
         **result._asdict(),
     }
@@ -105,9 +105,9 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
     print(f"written: {out}")
 
 
-def _noisy_accuracy(config: Config, variables: Any, images: Split) -> float | None:
+def noisy_accuracy(config: Config, variables: Any, images: Split) -> float | None:
     """Accuracy with the noise on, where the network has step sizes for it."""
-    if config.activation not in ("lsq", "noise_adaptor"):
+    if config.activation not in ("lsq", *NOISY):
         return None
     noisy = dataclasses.replace(config, activation="noise_adaptor", dtype="float32")
     noisy = build_model(noisy, folded=True, num_classes=class_count(variables))

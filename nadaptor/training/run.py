@@ -1,6 +1,5 @@
 """A run as it is set up: its config, its devices, its images and its step, before any training."""
 
-import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import optax
 
 from nadaptor._checks import check_count
 from nadaptor.training.augmentation import prepare_batch
-from nadaptor.training.config import Config, check_config
+from nadaptor.training.config import Config, check_config, to_json
 from nadaptor.training.data import load_source, open_source, steps_per_epoch
 from nadaptor.training.options import Options
 from nadaptor.training.parallel import Devices, check_batch, choose_devices
@@ -58,7 +57,7 @@ class Run(NamedTuple):
         data = {**self.images.identity, **self.images.spec._asdict()}
         # As JSON gives it back: a tuple comes back as a list.
         data = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
-        return {"config": dataclasses.asdict(self.config), "data": data}
+        return {"config": to_json(self.config), "data": data}
 
 
 def open_run(config: Config, options: Options) -> Run:

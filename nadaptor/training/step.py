@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nadaptor.models import (
+    AnyLevel,
     ClippedRelu,
     Lsq,
     NoiseAdaptor,
@@ -44,6 +45,18 @@ class Recipe(NamedTuple):
     average_decay: float  # d, share of the average of the parameters kept in a step
 
 
+class Layer(NamedTuple):
+    """The fields of a config that its activation layers are made of."""
+
+    activation: Activation
+    levels: int
+    initial_threshold: float
+    noise_amplitude: float
+    gradient: GradientMode
+    scale_gradient: bool
+    drawn_levels: tuple[int, ...]
+
+
 PLAIN = Recipe(label_smoothing=0.0, micro_batches=1, average_decay=0.0)
 # (key, images, place of the first of them in the whole) -> the images as the network takes them
 Prepare = Callable[[jax.Array, jax.Array, jax.Array | int], jax.Array]
@@ -71,18 +84,10 @@ def build_model(
     Raises:
         ValueError: the model, data set or activation is unknown.
     """
-    return _network(
-        config.model,
-        get_spec(config.dataset).num_classes if num_classes is None else num_classes,
-        config.activation,
-        config.levels,
-        config.initial_threshold,
-        config.noise_amplitude,
-        config.gradient,
-        config.dtype,
-        axis_name,
-        folded,
-    )
+    if num_classes is None:
+        num_classes = get_spec(config.dataset).num_classes
+    layer = Layer(*(getattr(config, field) for field in Layer._fields))
+    return _network(config.model, num_classes, layer, config.dtype, axis_name, folded)
 
 
 def build_step(
@@ -240,36 +245,35 @@ def _in_parts(
 def _network(
     model: str,
     num_classes: int,
-    activation: Activation,
-    levels: int,
-    threshold: float,
-    amplitude: float,
-    gradient: GradientMode,
+    layer: Layer,
     dtype: Dtype,
     axis_name: str | None,
     folded: bool,
 ) -> nn.Module:
-    slots = {
-        "relu": Relu,
-        "clipped_relu": functools.partial(ClippedRelu, axis_name=axis_name),
-        **{
-            name: functools.partial(layer, levels=levels, axis_name=axis_name)
-            for name, layer in (("lsq", Lsq), ("ttrbr", Ttrbr))
-        },
-        **{
-            name: functools.partial(
-                layer, levels=levels, initial_threshold=threshold, axis_name=axis_name
-            )
-            for name, layer in (("qcfs", Qcfs), ("slip_relu", SlipRelu))
-        },
-        "noise_adaptor": functools.partial(
-            NoiseAdaptor, levels=levels, amplitude=amplitude, gradient=gradient, axis_name=axis_name
-        ),
-    }
     norm = None if folded else functools.partial(batch_norm, axis_name=axis_name)
-    return create(
-        model, num_classes, activation=slots[activation], norm=norm, dtype=jnp.dtype(dtype)
-    )
+    slot = _slot(layer, axis_name)
+    return create(model, num_classes, activation=slot, norm=norm, dtype=jnp.dtype(dtype))
+
+
+def _slot(layer: Layer, axis_name: str | None) -> Callable[..., nn.Module]:
+    """What makes the activation layers of a network."""
+    levels = {"levels": layer.levels}
+    learned = {**levels, "scale_gradient": layer.scale_gradient}
+    noisy = {**learned, "amplitude": layer.noise_amplitude, "gradient": layer.gradient}
+    from_threshold = {**levels, "initial_threshold": layer.initial_threshold}
+    slots = {
+        "clipped_relu": (ClippedRelu, {}),
+        "lsq": (Lsq, learned),
+        "ttrbr": (Ttrbr, levels),
+        "qcfs": (Qcfs, from_threshold),
+        "slip_relu": (SlipRelu, from_threshold),
+        "noise_adaptor": (NoiseAdaptor, noisy),
+        "any_level": (AnyLevel, {**noisy, "drawn": layer.drawn_levels}),
+    }
+    if layer.activation == "relu":
+        return Relu
+    kind, fields = slots[layer.activation]
+    return functools.partial(kind, **fields, axis_name=axis_name)
 
 
 @functools.cache

@@ -1,8 +1,9 @@
 import dataclasses
+import json
 
 import pytest
 
-from nadaptor.training.config import Config, check_config, check_name
+from nadaptor.training.config import Config, check_config, check_name, from_json, to_json
 from nadaptor.training.configs import CONFIGS, INHERITED, get_config, parent_of
 
 
@@ -56,6 +57,19 @@ def test_a_parent_shares_data_model_and_seed_and_keeps_its_own_recipe():
 def test_a_value_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field} must be .*{value}"):
         check_config(dataclasses.replace(get_config("digits_na"), **{field: value}))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_comes_back_from_json_as_it_was(name):
+    fields = to_json(get_config(name))
+    assert json.loads(json.dumps(fields)) == fields
+    assert from_json(fields) == get_config(name)
+    hash(from_json(fields))
+
+
+def test_bad_levels_to_draw_from_are_refused():
+    with pytest.raises(ValueError, match="levels must be a positive int such as 2, not 0"):
+        check_config(dataclasses.replace(get_config("digits_na"), drawn_levels=(1, 0)))
 
 
 def test_an_unknown_name_gets_the_nearest_or_all():

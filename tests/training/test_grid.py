@@ -8,11 +8,15 @@ import shutil
 import pytest
 
 from nadaptor.training import grid, load_snn
+from nadaptor.training.config import check_config
 from nadaptor.training.data import load_split
 from nadaptor.training.errors import RunError
 from nadaptor.training.evaluation import snn_accuracy
-from nadaptor.training.grid import Study, cells_of, run_study, write_study
+from nadaptor.training.grid import Study, cells_of, config_of, run_study
+from nadaptor.training.grid_report import write_study
 from nadaptor.training.inference import CORRECTIONS, get_inference
+from nadaptor.training.paper_tables import published
+from nadaptor.training.studies import STUDIES
 
 pytestmark = pytest.mark.usefixtures("quick")
 STUDY = Study(
@@ -53,12 +57,12 @@ def test_a_study_resumes_with_the_cells_that_are_missing(done, monkeypatch):
     workdir, cells = done
     measured = []
 
-    def measure(cell, study, folder):
+    def measure(cell, study, folder, options):
         measured.append(cell)
-        return {key: cells[cell][key] for key in ("ann", "accuracy", "total_steps")}
+        return {key: cells[cell][key] for key in ("ann", "ann_noisy", "accuracy", "total_steps")}
 
     monkeypatch.setattr(grid, "_measure", measure)
-    removed = workdir / "cells" / "lsq_p2-none-seed0.json"
+    removed = workdir / "cells" / "validation" / "lsq_p2-none-seed0.json"
     removed.unlink()
     assert run_study(STUDY, workdir) == cells
     assert [(c.network.name, c.correction, c.seed) for c in measured] == [("lsq_p2", "none", 0)]
@@ -76,6 +80,7 @@ def made_up(study):
     return {
         cell: {
             "ann": 0.9,
+            "ann_noisy": 0.8,
             "accuracy": [0.1 * (t + 1) + 0.01 * cell.seed for t in range(study.num_steps)],
             "total_steps": study.num_steps + (3 if cell.correction == "srp" else 0),
         }
@@ -94,7 +99,8 @@ def test_the_files_hold_the_means_of_the_cells(tmp_path, capsys):
     table = (tmp_path / "table.md").read_text()
     line = next(line for line in table.splitlines() if "lsq_p2" in line)
     assert [cell.strip() for cell in line.split("|")][3:-1] == [
-        "0", "2", "90.0±0.0", "10.5±0.7", "20.5±0.7", "40.5±0.7", "50.5±0.7"
+        "0", "2", "80.00±0.00", "90.00±0.00",
+        "10.50±0.71", "20.50±0.71", "40.50±0.71", "50.50±0.71",
     ]
     assert table in capsys.readouterr().out
     for name in ("accuracy.png", "total_steps.png"):
@@ -102,7 +108,7 @@ def test_the_files_hold_the_means_of_the_cells(tmp_path, capsys):
 
 
 def test_a_network_that_fails_is_a_cell_that_says_so(tmp_path, monkeypatch):
-    def fail(config, workdir):
+    def fail(config, workdir, options):
         raise RunError("the loss is nan at step 1; lower the learning rate")
 
     monkeypatch.setattr(grid, "train", fail)
@@ -111,7 +117,41 @@ def test_a_network_that_fails_is_a_cell_that_says_so(tmp_path, monkeypatch):
     assert all(m["failed"].startswith("the loss is nan") for m in cells.values())
     write_study(study, cells, tmp_path / "out")
     assert "failed" in (tmp_path / "out" / "table.md").read_text()
-    assert json.loads((tmp_path / "cells" / "lsq_p2-none-seed0.json").read_text())["settings"]
+    cell = tmp_path / "cells" / "validation" / "lsq_p2-none-seed0.json"
+    assert json.loads(cell.read_text())["settings"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_named_study_is_valid_and_says_how_it_is_run(name):
+    assert f"python -m nadaptor.study {name}" in STUDIES[name].__doc__
+    configs = [check_config(config_of(cell, STUDIES[name]())) for cell in cells_of(STUDIES[name]())]
+    assert len({(c.name, c.seed) for c in configs}) == len(set(configs))
+
+
+def test_a_variant_changes_its_own_field_alone():
+    study = Study(methods=("noise_adaptor", "noise_adaptor_exact"), levels=(2,), seeds=1)
+    plain, exact = (config_of(c, study) for c in cells_of(study) if c.correction == "none")
+    assert dataclasses.replace(plain, name=exact.name, gradient="exact") == exact
+
+
+def test_the_papers_figures_stand_below_a_network_of_its_tables(tmp_path):
+    study = dataclasses.replace(
+        STUDIES["cifar10"](), seeds=1, levels=(2,), num_steps=4, corrections=("none", "srp")
+    )
+    write_study(study, made_up(study), tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    below = {row[0]: cells[i + 1] for i, row in enumerate(cells) if row[1] == "none"}
+    assert below["lsq_p2"][4:] == ["", "95.50", "91.62", "93.65", "95.18"]
+    assert below["noise_adaptor_p2"][4:] == ["", "94.97", "93.71", "95.26", "95.95"]
+    assert sum(row[0] == "the paper" for row in cells) == 2  # it has no figures with SRP
+
+
+def test_the_table_of_corrections_is_of_one_network():
+    found = published("cifar_resnet18", "noise_adaptor", 2, 160, "offset-spikes")
+    assert found is not None and found.snn[1] == 95.82
+    assert published("cifar_resnet18", "lsq", 2, 160, "offset-spikes") is None
+    assert published("cifar_resnet18", "noise_adaptor", 2, 10, "none") is None
 
 
 @pytest.mark.parametrize("field", ["seeds", "num_steps"])
