@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nadaptor._checks import check_count
-from nadaptor.training.config import Config, to_json
+from nadaptor.training.config import Config, Dtype, to_json
 from nadaptor.training.configs import get_config
 from nadaptor.training.conversion import convert, load_snn
 from nadaptor.training.errors import RunError
@@ -22,6 +22,7 @@ from nadaptor.training.files import write_json
 from nadaptor.training.inference import CorrectionName, get_inference
 from nadaptor.training.loop import train
 from nadaptor.training.options import DEFAULT, Options
+from nadaptor.training.provenance import provenance
 from nadaptor.training.reports import noisy_accuracy
 from nadaptor.training.run import config_split
 
@@ -48,7 +49,7 @@ FIXED_LEVELS: Mapping[str, int] = {"clipped_relu": 1, "ttrbr": 32}
 # Fields of a study that a cell's figures depend on, beside its config.
 SETTINGS = ("num_steps", "correction_steps", "split", "num_images")
 # Fields of a study that are put in place of its config's.
-CHANGED = ("model", "epochs", "learning_rate", "train_size")
+CHANGED = ("model", "epochs", "learning_rate", "train_size", "dtype")
 Cells = Mapping["Cell", Mapping[str, Any]]
 
 
@@ -78,6 +79,8 @@ class Study:
     learning_rate: float | None = None
     # Training images, where they are not the config's.
     train_size: int | None = None
+    # Type of the computation, where it is not the config's; parents keep theirs.
+    dtype: Dtype | None = None
     # T, time steps of each simulation.
     num_steps: int = 32
     # Steps that offset spikes (rho) and SRP (tau) spend before the T that count.
@@ -120,7 +123,7 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
         Each cell's measurement: `ann` and `ann_noisy`, accuracy of the quantized network with the
         noise off and on (None where it cannot have any); `accuracy`, the spiking
         network's at t = 1 to T; `total_steps`, with those of the correction; or `failed`, why
-        there is none. Accuracies are shares, 0 to 1.
+        there is none; and `made`, as `provenance` gives it. Accuracies are shares, 0 to 1.
 
     Raises:
         ValueError: a name or count is out of range, or `workdir` holds cells of other settings.
@@ -135,7 +138,8 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
             continue
         print(f"[{done} of {len(cells)}] {cell.network.name}, {cell.correction}, seed {cell.seed}")
         settings = _settings(cell, study)
-        write_json(path, {"settings": settings, **_measure(cell, study, workdir, options)})
+        measured = _measure(cell, study, workdir, options)
+        write_json(path, {"settings": settings, "made": provenance(), **measured})
     return {cell: _read(_path(workdir, study.split, cell), cell, study) for cell in cells}
 
 

@@ -73,6 +73,7 @@ def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
             "t": t,
             "network_steps": _total(cell.correction, study, t),
             "accuracy": _share(None if "failed" in measured else measured["accuracy"][t - 1]),
+            **measured["made"],
         }
         for cell, measured in cells.items()
         for t in _steps(study)

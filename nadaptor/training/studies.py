@@ -29,6 +29,7 @@ def cifar10() -> Study:
         levels=(1, 2, 3, 4),
         seeds=3,
         config="cifar10_resnet18_lsq_p2",
+        dtype="bfloat16",
         num_steps=256,
         split="test",
     )

@@ -59,7 +59,7 @@ def test_a_study_resumes_with_the_cells_that_are_missing(done, monkeypatch):
 
     def measure(cell, study, folder, options):
         measured.append(cell)
-        return {key: cells[cell][key] for key in ("ann", "ann_noisy", "accuracy", "total_steps")}
+        return {key: value for key, value in cells[cell].items() if key not in ("settings", "made")}
 
     monkeypatch.setattr(grid, "_measure", measure)
     removed = workdir / "cells" / "validation" / "lsq_p2-none-seed0.json"
@@ -81,6 +81,7 @@ def made_up(study):
         cell: {
             "ann": 0.9,
             "ann_noisy": 0.8,
+            "made": {"date": "2026-01-02", "machine": "abacus", "commit": "c0ffee"},
             "accuracy": [0.1 * (t + 1) + 0.01 * cell.seed for t in range(study.num_steps)],
             "total_steps": study.num_steps + (3 if cell.correction == "srp" else 0),
         }
@@ -95,6 +96,7 @@ def test_the_files_hold_the_means_of_the_cells(tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "grid.csv").read_text().splitlines()))
     assert len(rows) == len(cells) * 4  # t = 1, 2, 4 and 5
     assert {int(r["network_steps"]) - int(r["t"]) for r in rows if r["correction"] == "srp"} == {3}
+    assert {r["machine"] for r in rows} == {"abacus"}
     assert {r["levels"] for r in rows if r["method"] == "ttrbr"} == {"32"}
     table = (tmp_path / "table.md").read_text()
     line = next(line for line in table.splitlines() if "lsq_p2" in line)
