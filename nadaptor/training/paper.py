@@ -94,7 +94,7 @@ def cifar10_resnet20_na() -> Config:
         levels=4,
         epochs=1,
         batch_size=64,
-        learning_rate=0.03,
+        learning_rate=0.003,
         train_size=16000,
         select="last",
     )
