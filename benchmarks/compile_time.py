@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 
 import nadaptor
-from benchmarks.timing import machine
 from nadaptor.models import Lsq, create, fold_batch_norm
 from nadaptor.neurons import triangle
 from nadaptor.training.files import markdown, write_csv, write_json
+from nadaptor.training.provenance import machine
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20

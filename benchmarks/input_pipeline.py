@@ -22,11 +22,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import in_turn, machine, median, ratio
+from benchmarks.timing import in_turn, median, ratio
 from nadaptor.training.crops import NUM_DRAWS, random_box
 from nadaptor.training.data import open_source
 from nadaptor.training.files import write_csv, write_json
 from nadaptor.training.pipeline import batches
+from nadaptor.training.provenance import machine
 from nadaptor.training.source import PHOTOGRAPHS, Source, normalize
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,9 +18,10 @@ import numpy as np
 
 import nadaptor
 from benchmarks.networks import Network, calibrated
-from benchmarks.timing import fastest, in_turn, machine, median, ratio
+from benchmarks.timing import fastest, in_turn, median, ratio
 from nadaptor.models import Relu
 from nadaptor.training.files import write_csv, write_json
+from nadaptor.training.provenance import machine
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = (("resnet18", 32, 4), ("resnet20", 32, 16))

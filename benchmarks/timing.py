@@ -1,17 +1,8 @@
 """Timing on noisy machines: competitors run in turn, and ratios are taken within a round."""
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-
-
-def machine() -> str:
-    """Returns the kind of machine, such as "2-core x86 CPU": never its name."""
-    kind = {"x86_64": "x86", "AMD64": "x86", "aarch64": "ARM", "arm64": "ARM"}
-    arch = kind.get(platform.machine(), platform.machine())
-    return f"{len(os.sched_getaffinity(0))}-core {arch} CPU"
 
 
 def in_turn(

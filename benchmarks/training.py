@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, get_args
 import jax
 import numpy as np
 
-from benchmarks.timing import in_turn, machine, median, ratio
+from benchmarks.timing import in_turn, median, ratio
 from nadaptor.training import get_config
 from nadaptor.training.config import Activation, Config, Dtype, Prng
 from nadaptor.training.data import get_spec
 from nadaptor.training.files import markdown, write_csv, write_json
+from nadaptor.training.provenance import machine
 from nadaptor.training.state import init_state
 from nadaptor.training.step import build_model, build_optimizer, build_step
 
