@@ -21,6 +21,9 @@ from nadaptor.training.files import write_json
 
 Kind = Literal["ann", "snn"]
 _MADE_BY: Mapping[str, str] = {"ann": "train.py", "snn": "convert.py"}
+# After so many bytes another file is begun, and no array is in larger pieces: so no file is above
+# twice as many, 16 MiB, and a checkpoint can be carried in parts.
+FILE_BYTES = 8 * 2**20
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -47,7 +50,8 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
         made = Path(scratch).resolve() / path.name
         made.mkdir()
         with _lone_checkpointer() as checkpointer:
-            checkpointer.save(made / "arrays", args=ocp.args.PyTreeSave(arrays))
+            saved = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=FILE_BYTES)
+            checkpointer.save(made / "arrays", args=saved)
         write_json(made / "card.json", {**full, "card_digest": _card_digest(full)})
         made.rename(path)
 

@@ -65,7 +65,7 @@ class Log:
     def step(self, step: int, loss: float, accuracy: float, rate: float, batch: int) -> None:
         """Shows one step: at once on a terminal, and every half minute as a line elsewhere."""
         left = (self._total - step - 1) * batch / rate
-        text = f"loss {loss:.4f}, accuracy {percent(accuracy)}, {rate:.0f} images/s"
+        text = f"loss {loss:.4f}, accuracy {percent(accuracy)}, {rate:.1f} images/s"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         if self._silent or self._terminal or time.monotonic() - self._shown < LINE_SECONDS:

@@ -6,26 +6,26 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from nadaptor.training.checkpoints import load_card, load_checkpoint, save_checkpoint
 from nadaptor.training.config import Config, to_json
 from nadaptor.training.configs import INHERITED, parent_of
 from nadaptor.training.errors import Interrupted
+from nadaptor.training.feed import open_feed
 from nadaptor.training.logs import Log, percent
 from nadaptor.training.measure import source_accuracy
 from nadaptor.training.monitor import EMPTY, Tally, add_step, epoch_row, restore_tally
 from nadaptor.training.options import DEFAULT, Options
-from nadaptor.training.parallel import place_step, start_processes
-from nadaptor.training.pipeline import Batch, batches, prefetch
+from nadaptor.training.parallel import start_processes
 from nadaptor.training.run import Run, first_state, open_run, open_split, read_weights, state_shape
 from nadaptor.training.snapshots import Snapshot, Snapshots
 from nadaptor.training.state import TrainState
-from nadaptor.training.step import build_step
 
 
 def train(config: Config, workdir: Path, options: Options = DEFAULT) -> Path:
@@ -99,34 +99,24 @@ def fit(
     """
     config, devices = run.config, run.devices
     tally, rows = restore_tally(start.card)
-    placed = place_step(
-        build_step(config, run.images.spec, run.total_steps, devices.axis_name),
-        devices,
-        config.parallel,
-    )
-    state, key = placed.replicate(start.state), placed.replicate(run.keys.steps)
     waiting, fetched, rate, started = deque(), 0, 0.0, time.perf_counter()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(run, folder, start.step))
         told_to_end = stack.enter_context(_sigterm(devices.process_count))
-        stream = stack.enter_context(contextlib.closing(_stream(run, start.step)))
-        ready = prefetch(
-            stream, lambda b: b._replace(images=placed.put(b.images), labels=placed.put(b.labels))
-        )
-        for step in range(start.step, run.total_steps):
-            batch = next(ready)
-            state, metrics = placed.step(state, batch.images, batch.labels, key)
-            waiting.append((step, metrics))
-            done, ended = step + 1, told_to_end(step)
+        feed = stack.enter_context(open_feed(run, start.step))
+        state = feed.replicate(start.state)
+        for call, span in enumerate(feed.spans):
+            state, metrics = feed.advance(state, span)
+            waiting.append((span, metrics))
+            done, ended = span.stop, told_to_end(call)
             epoch_ends = done % run.epoch_steps == 0
             snapshot = epoch_ends or ended or done % (run.options.snapshot_steps or done + 1) == 0
             while len(waiting) >= (1 if snapshot else devices.in_flight):
-                number, measured = waiting.popleft()
-                loss, accuracy = map(float, jax.device_get(measured))
-                tally = add_step(tally, number, loss, accuracy, run.images.spec.num_classes)
-                fetched += 1
-                rate = fetched * config.batch_size / (time.perf_counter() - started)
-                log.step(number, loss, accuracy, rate, config.batch_size)
+                for step, loss, accuracy in _fetch(*waiting.popleft()):
+                    tally = add_step(tally, step, loss, accuracy, run.images.spec.num_classes)
+                    fetched += 1
+                    rate = fetched * config.batch_size / (time.perf_counter() - started)
+                    log.step(step, loss, accuracy, rate, config.batch_size)
             accuracy = None
             if epoch_ends:
                 variables = jax.device_get(state.variables)
@@ -187,18 +177,11 @@ def _begin(run: Run, workdir: Path) -> Snapshot:
     return Snapshot(0, first_state(run, weights), _progress(EMPTY, [], origin))
 
 
-def _stream(run: Run, start_step: int) -> Generator[Batch, None, None]:
-    """This process's part of the batches that are still to come."""
-    config, devices = run.config, run.devices
-    return batches(
-        run.images,
-        config.augmentation,
-        config.seed,
-        config.batch_size,
-        start_step=start_step,
-        process_index=devices.process_index,
-        process_count=devices.process_count,
-    )
+def _fetch(span: range, metrics: Any) -> Iterator[tuple[int, float, float]]:
+    """Waits for the steps of a span; number, loss and accuracy of each."""
+    losses, accuracies = (np.atleast_1d(x).tolist() for x in jax.device_get(metrics))
+    # Of a program for several steps, the metrics may be longer than the span.
+    return zip(span, losses, accuracies, strict=False)
 
 
 def _log(run: Run, folder: Path, step: int) -> Log:
@@ -223,7 +206,10 @@ def _result(
 
 @contextlib.contextmanager
 def _sigterm(process_count: int) -> Iterator[Callable[[int], bool]]:
-    """Yields a function that says at a step whether SIGTERM has come, on all processes alike."""
+    """Yields a function that says whether SIGTERM has come, on all processes alike.
+
+    It is to be called with 0, 1, 2, ...: processes agree on one of the numbers to end at.
+    """
     if process_count > 1:
         from jax.experimental import multihost_utils
 
@@ -233,11 +219,11 @@ def _sigterm(process_count: int) -> Iterator[Callable[[int], bool]]:
     came = threading.Event()
     # Only the main thread may set a handler; elsewhere the default stays.
     if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
+        yield lambda call: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield lambda step: came.is_set()
+        yield lambda call: came.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -22,6 +22,10 @@ class Options:
     snapshot_steps: int | None = None
     # Latest snapshots to keep, beside the best.
     keep: int = 2
+    # Have the training images on the devices, and all steps until the next snapshot run as one
+    # program; by default on accelerators, where the images lie in memory and the host crops none.
+    # On CPU the steps are slower so.
+    resident: bool | None = None
     # Devices of this process; by default all accelerators, or one CPU.
     num_devices: int | None = None
     # HOST:PORT of process 0 of several, or "auto" on TPU pods and under SLURM.

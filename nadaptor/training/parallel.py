@@ -17,7 +17,8 @@ from nadaptor._checks import check_count
 
 AXIS = "batch"
 Parallel = Literal["pmap", "shard_map"]
-Step = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[Any, Any]]
+# Of `step(state, images, labels, key)`: which arguments each device gets its part of.
+STEP = (False, True, True, False)
 
 
 class Devices(NamedTuple):
@@ -47,7 +48,7 @@ class Devices(NamedTuple):
 class Placed(NamedTuple):
     """A step on its devices, and how to bring its arguments there."""
 
-    step: Any  # a `Step`, jitted or mapped, that takes its state as a donation
+    step: Any  # jitted or mapped; takes its state as a donation
     put: Callable[[Any], Any]  # this process's part of a batch, to its devices, without waiting
     replicate: Callable[[Any], Any]  # a pytree, whole, to every device
 
@@ -119,13 +120,21 @@ def check_batch(batch_size: int, micro_batches: int, devices: Devices) -> None:
         )
 
 
-def place_step(step: Step, devices: Devices, parallel: Parallel) -> Placed:
+def place_step(
+    step: Callable[..., tuple[Any, Any]],
+    devices: Devices,
+    parallel: Parallel,
+    divided: Sequence[bool] = STEP,
+) -> Placed:
     """Compiles a step for its devices, the state donated and replicated.
 
     Args:
-        step: pure; built with `devices.axis_name`, over which it averages.
+        step: pure; built with `devices.axis_name`, over which it averages. Its first argument is
+            the state; it returns the new state and what it measured.
         devices: where to run.
         parallel: "pmap" or "shard_map"; on one device neither is needed, and jit alone serves.
+        divided: for each argument, whether its leading axis is that of the batch, and each device
+            gets its part; all others are whole on every device.
 
     Returns:
         The placed step.
@@ -138,16 +147,18 @@ def place_step(step: Step, devices: Devices, parallel: Parallel) -> Placed:
     if devices.total == 1:
         put = functools.partial(jax.device_put, device=devices.local[0])
         return Placed(jax.jit(step, donate_argnums=0), put, put)
-    return (_with_pmap if parallel == "pmap" else _with_shard_map)(step, devices)
+    return (_with_pmap if parallel == "pmap" else _with_shard_map)(step, devices, divided)
 
 
-def _with_pmap(step: Step, devices: Devices) -> Placed:
+def _with_pmap(
+    step: Callable[..., tuple[Any, Any]], devices: Devices, divided: Sequence[bool]
+) -> Placed:
     count = len(devices.local)
     # The state has no axis of devices, neither in nor out: out_axes=None takes one replica.
     mapped = jax.pmap(
         step,
         axis_name=AXIS,
-        in_axes=(None, 0, 0, None),
+        in_axes=tuple(0 if part else None for part in divided),
         out_axes=(None, None),
         donate_argnums=0,
         devices=None if devices.process_count > 1 else devices.local,
@@ -162,14 +173,16 @@ def _with_pmap(step: Step, devices: Devices) -> Placed:
     return Placed(mapped, put, whole)
 
 
-def _with_shard_map(step: Step, devices: Devices) -> Placed:
+def _with_shard_map(
+    step: Callable[..., tuple[Any, Any]], devices: Devices, divided: Sequence[bool]
+) -> Placed:
     mesh = Mesh(np.array(_all_devices(devices)), (AXIS,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
     # check_vma=True, the default, would multiply the gradients by the number of devices.
     mapped = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(whole.spec, split.spec, split.spec, whole.spec),
+        in_specs=tuple(split.spec if part else whole.spec for part in divided),
         out_specs=(whole.spec, whole.spec),
         check_vma=False,
     )

@@ -11,15 +11,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import jax
 import numpy as np
 
 from nadaptor.training.augmentation import Augmentation
 from nadaptor.training.crops import NUM_DRAWS, evaluation_image, training_image
 from nadaptor.training.data import batch_indices, steps_per_epoch
-from nadaptor.training.source import Source, Split
+from nadaptor.training.source import Source
 
 T = TypeVar("T")
 # Batches that are decoded ahead of the one in use.
@@ -75,7 +74,7 @@ def batches(
         >>> batch.step, batch.images.shape
         (7, (64, 8, 8, 1))
     """
-    part = _part_of(batch_size, process_index, process_count)
+    part = part_of(batch_size, process_index, process_count)
     steps_per_epoch(source.size, batch_size)
 
     def tasks() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
@@ -118,7 +117,7 @@ def evaluation_batches(
         >>> [int((batch.labels >= 0).sum()) for batch in evaluation_batches(source, 64)]
         [64, 64, 22]
     """
-    part = _part_of(batch_size, process_index, process_count)
+    part = part_of(batch_size, process_index, process_count)
 
     def tasks() -> Iterator[tuple[int, np.ndarray, None]]:
         for step in range(-(-source.size // batch_size)):
@@ -128,15 +127,28 @@ def evaluation_batches(
     return _load_ahead(source, tasks(), len(range(batch_size)[part]), num_threads)
 
 
-def epoch_indices(size: int, seed: int, epoch: int, batch_size: int) -> np.ndarray:
-    """Returns which examples make the batches of one epoch: those that `batches` reads.
+def part_of(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Returns which images of a batch a process reads.
 
-    For a data set that lies on the device, see `scan_epoch`.
+    Raises:
+        ValueError: the batch does not divide among the processes.
+    """
+    if batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide among {process_count} processes; "
+            f"choose a multiple of {process_count}"
+        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)
+
+
+def step_indices(size: int, seed: int, steps: range, batch_size: int) -> np.ndarray:
+    """Returns which examples make the batches of some steps: those that `batches` reads.
 
     Args:
         size: training images.
         seed: of the order.
-        epoch: number of the pass, from 0.
+        steps: their numbers.
         batch_size: images a step.
 
     Returns:
@@ -144,38 +156,13 @@ def epoch_indices(size: int, seed: int, epoch: int, batch_size: int) -> np.ndarr
 
     Raises:
         ValueError: there are fewer images than one batch holds.
+
+    Example:
+        >>> step_indices(8, 0, range(3, 5), 2).shape
+        (2, 2)
     """
-    steps = steps_per_epoch(size, batch_size)
-    first = epoch * steps
-    chosen = [batch_indices(size, seed, first + i, batch_size) for i in range(steps)]
+    chosen = [batch_indices(size, seed, step, batch_size) for step in steps]
     return np.stack(chosen).astype(np.int32)
-
-
-def scan_epoch(
-    step: Callable[[Any, jax.Array, jax.Array], tuple[Any, Any]],
-    state: Any,
-    split: Split,
-    indices: jax.Array,
-) -> tuple[Any, Any]:
-    """Runs steps on images that lie on the device, as one `lax.scan`: to be jitted by the caller.
-
-    For accelerators: on CPU a backward convolution inside a scan is several times slower.
-
-    Args:
-        step: `(state, images, labels) -> (state, metrics)`, images in uint8, as in `batches`: it
-            calls `prepare_batch`.
-        state: before the first step; it counts them, for the keys.
-        split: all training images, uint8, and labels, on the device.
-        indices: [steps, B], as `epoch_indices` gives.
-
-    Returns:
-        The state after the last step, and the metrics with a leading axis of steps.
-    """
-
-    def body(state: Any, chosen: jax.Array) -> tuple[Any, Any]:
-        return step(state, split.images[chosen], split.labels[chosen])
-
-    return jax.lax.scan(body, state, indices)
 
 
 def prefetch(items: Iterator[T], put: Callable[[T], T], depth: int = 2) -> Iterator[T]:
@@ -199,16 +186,6 @@ def prefetch(items: Iterator[T], put: Callable[[T], T], depth: int = 2) -> Itera
         if len(waiting) > depth:
             yield waiting.popleft()
     yield from waiting
-
-
-def _part_of(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} does not divide among {process_count} processes; "
-            f"choose a multiple of {process_count}"
-        )
-    size = batch_size // process_count
-    return slice(process_index * size, (process_index + 1) * size)
 
 
 def _draws(seed: int, step: int, places: np.ndarray) -> np.ndarray:

@@ -37,6 +37,7 @@ class Run(NamedTuple):
     devices: Devices
     images: Source  # to train on
     validation: Source
+    resident: bool  # whether the training images lie on the devices: see nadaptor.training.feed
     epoch_steps: int
     model: nn.Module  # for one device
     optimizer: optax.GradientTransformation
@@ -64,8 +65,8 @@ def open_run(config: Config, options: Options) -> Run:
     """Checks a config, and opens what its run reads.
 
     Raises:
-        ValueError: a value is out of its range, a name unknown, the data set not there, or the
-            batch does not divide among the devices.
+        ValueError: a value is out of its range, a name unknown, the data set not there, the batch
+            does not divide among the devices, or the images cannot lie on the devices as asked.
     """
     check_config(config)
     check_count(options.keep, "keep")
@@ -81,6 +82,7 @@ def open_run(config: Config, options: Options) -> Run:
         devices,
         images,
         open_split(config, "validation", options.data_dir),
+        _is_resident(options.resident, config, images, devices),
         epoch_steps,
         build_model(config, num_classes=images.spec.num_classes),
         build_optimizer(config, config.epochs * epoch_steps),
@@ -169,3 +171,15 @@ def read_weights(run: Run, path: Path) -> tuple[Any, dict[str, str]]:
     variables = load_pretrained(path, random, new_head=run.options.new_head)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return variables, {"file": path.name, "sha256": digest}
+
+
+def _is_resident(wanted: bool | None, config: Config, images: Source, devices: Devices) -> bool:
+    """Whether to have the images on the devices: where it is wanted, or by default faster."""
+    on_host = config.augmentation == "random_resized_crop"
+    if wanted and (on_host or images.resident is None):
+        why = f"{config.augmentation} is done" if on_host else f"{config.dataset} is read"
+        raise ValueError(f"resident must not be True: {why} on the host; leave --resident out")
+    if wanted is not None:
+        return wanted
+    accelerated = devices.local[0].platform != "cpu"
+    return accelerated and not on_host and images.resident is not None

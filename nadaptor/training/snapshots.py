@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nadaptor.training.checkpoints import digests, versions
+from nadaptor.training.checkpoints import FILE_BYTES, digests, versions
 from nadaptor.training.errors import RunError
 
 METRIC = "validation_accuracy"
@@ -68,9 +68,8 @@ class Snapshots:
         if not self.wait() or step in self._manager.all_steps():
             return
         full = {**self._card, **card, "digests": digests(host)}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_flat(host)), card=ocp.args.JsonSave(full)
-        )
+        saved = ocp.args.PyTreeSave(_flat(host), ocdbt_target_data_file_size=FILE_BYTES)
+        items = ocp.args.Composite(state=saved, card=ocp.args.JsonSave(full))
         metrics = None if accuracy is None else {METRIC: accuracy}
         try:
             self._manager.save(step, args=items, metrics=metrics, force=True)
@@ -162,7 +161,7 @@ class Snapshots:
     def _restore(self, step: int, like: Any) -> Snapshot:
         import orbax.checkpoint as ocp
 
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(), card=ocp.args.JsonRestore())
+        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(), card=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
             card, flat = restored["card"], restored["state"]

@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import pytest
 
 from nadaptor.training import RunError, train
-from nadaptor.training.checkpoints import load_card
+from nadaptor.training.checkpoints import load_card, load_checkpoint, save_checkpoint
 from nadaptor.training.options import DEFAULT
 from nadaptor.training.snapshots import Snapshots
 
@@ -49,6 +50,23 @@ def test_the_latest_and_the_best_are_kept(saved):
     assert (last.step, last.card["note"]) == (4, 4)
     chex.assert_trees_all_equal(last.state, {**STATE, "step": np.int32(4)})
     chex.assert_trees_all_equal_dtypes(last.state, STATE)
+
+
+def test_no_file_is_too_large_to_be_carried(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"one": (3, 3, 512, 512), "two": (3, 3, 512, 512), "large": (4096, 1200), "b": ()}
+    state = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
+    state = jax.tree.map(np.asarray, state)
+    with contextlib.closing(opened(tmp_path)) as snapshots:
+        snapshots.save(1, state, {})
+        assert snapshots.wait()
+        chex.assert_trees_all_equal(snapshots.latest(state).state, state)
+    save_checkpoint(tmp_path / "checkpoint", "ann", state, {})
+    chex.assert_trees_all_equal(load_checkpoint(tmp_path / "checkpoint", "ann")[0], state)
+    for folder in ("snapshots", "checkpoint"):
+        sizes = [path.stat().st_size for path in (tmp_path / folder).rglob("*")]
+        assert sum(sizes) > 32 * 2**20
+        assert max(sizes) <= 16 * 2**20
 
 
 # A truncated file leaves an exception in the storage layer's threads that nobody fetches.
