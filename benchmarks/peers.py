@@ -106,10 +106,7 @@ class Network(nn.Module):
         names = sorted(name for name in weights if name.startswith("layer"))
         strides = [2 if name.endswith("_0") and name[5] != "1" else 1 for name in names]
         self.blocks = nn.Sequential(
-            *(
-                Block(weights[n], s, neuron, self.over)
-                for n, s in zip(names, strides, strict=True)
-            )
+            *(Block(weights[n], s, neuron, self.over) for n, s in zip(names, strides, strict=True))
         )
         self.fc = nn.Linear(*np.shape(weights["fc"]["kernel"]))
         self.fc.weight.data = tensor(weights["fc"]["kernel"]).T.contiguous()
@@ -120,49 +117,55 @@ class Network(nn.Module):
         return self.over(self.fc, x.mean((-2, -1)))
 
 
-def ann(variables: Variables) -> Network:
+def ann(variables: Variables) -> nn.Module:
     """The network with ReLUs: what one forward pass costs."""
-    return Network(variables, Relu).eval()
+    return Network(variables, Relu)
 
 
-def qcfs_loop(variables: Variables, steps: int) -> Callable[[torch.Tensor], torch.Tensor]:
+class QcfsLoop(nn.Module):
     """The step loop: images repeated T times into the batch. Returns running means [T, N, C]."""
-    network = Network(variables, StepLoop).eval()
-    for module in network.modules():
-        if isinstance(module, StepLoop):
-            module.steps = steps
 
-    def run(images: torch.Tensor) -> torch.Tensor:
-        out = network(images.repeat(steps, 1, 1, 1)).view(steps, len(images), -1)
-        return running_mean(out)
+    def __init__(self, variables: Variables, steps: int) -> None:
+        super().__init__()
+        self.steps, self.network = steps, Network(variables, StepLoop)
+        for module in self.network.modules():
+            if isinstance(module, StepLoop):
+                module.steps = steps
 
-    return run
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out = self.network(images.repeat(self.steps, 1, 1, 1))
+        return running_mean(out.view(self.steps, len(images), -1))
 
 
-def spikingjelly_single(variables: Variables, steps: int) -> Callable:
+class SingleStep(nn.Module):
     """SpikingJelly step by step: a Python loop over the whole network."""
-    network = Network(variables, spikingjelly_neuron("s")).eval()
 
-    def run(images: torch.Tensor) -> torch.Tensor:
-        restart(network)
-        return running_mean(torch.stack([network(images) for _ in range(steps)]))
+    def __init__(self, variables: Variables, steps: int) -> None:
+        super().__init__()
+        self.steps, self.network = steps, Network(variables, spikingjelly_neuron("s"))
 
-    return run
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        restart(self.network)
+        return running_mean(torch.stack([self.network(images) for _ in range(self.steps)]))
 
 
-def spikingjelly_multi(variables: Variables, steps: int) -> Callable:
+class MultiStep(nn.Module):
     """SpikingJelly layer by layer: T in the batch for the stateless layers."""
+
+    def __init__(self, variables: Variables, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.network = Network(variables, spikingjelly_neuron("m"), _over_time)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        restart(self.network)
+        return running_mean(self.network(images.unsqueeze(0).repeat(self.steps, 1, 1, 1, 1)))
+
+
+def _over_time(layer: Callable, x: torch.Tensor) -> torch.Tensor:
     from spikingjelly.activation_based.functional import seq_to_ann_forward
 
-    network = Network(
-        variables, spikingjelly_neuron("m"), lambda layer, x: seq_to_ann_forward(x, layer)
-    ).eval()
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        restart(network)
-        return running_mean(network(images.unsqueeze(0).repeat(steps, 1, 1, 1, 1)))
-
-    return run
+    return seq_to_ann_forward(x, layer)
 
 
 def restart(network: nn.Module) -> None:

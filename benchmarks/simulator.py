@@ -1,33 +1,42 @@
 """The simulator beside its peers: images x steps a second on the same weights, in one run.
 
-`python -m benchmarks.simulator --data-dir DIR` makes the whole table, with `--quick` in under ten
-minutes the cells of its last line. DIR holds `tfds/cifar10` and `weights/`. Every competitor runs
-once a round, in turn; a ratio is the median over rounds of the ratio within a round. The limit is
-T forward passes of the faster of torch's and JAX's ANN.
+`python -m benchmarks.simulator --data-dir DIR` makes the whole table, cell by cell; it goes on
+where it was stopped, and adds to the table of another machine. With `--quick` it times the cells of
+its last line alone, in under ten minutes, and writes no files. DIR holds `tfds/cifar10` and
+`weights/`. Every competitor runs once a round, in turn; a ratio is the median over rounds of the
+ratio within a round. The limit is T forward passes of the faster of torch's and JAX's ANN.
 """
 
+import csv
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import importlib.metadata
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-import nadaptor
-from benchmarks.networks import Network, calibrated
+from benchmarks.competitors import competitors, compile_simulator
+from benchmarks.networks import Network, accuracy, load
 from benchmarks.timing import fastest, in_turn, median, ratio
-from nadaptor.models import Relu
 from nadaptor.training.files import write_csv, write_json
 from nadaptor.training.provenance import machine
 
 RESULTS = Path(__file__).parent / "results"
-QUICK = (("resnet18", 32, 4), ("resnet20", 32, 16))
-FULL = tuple((n, b, t) for n in ("resnet18", "resnet20") for b in (32, 100) for t in (1, 4, 16, 32))
-# (examples a tile, steps a chunk): None is the library's own choice.
-SETTINGS = {"auto": (None, None), "plain": (10_000, 1)}
+PACKAGES = ("jax", "torch", "spikingjelly")
+NETWORKS = ("resnet18", "resnet20")
+Seconds = Mapping[str, list[float]]  # of each competitor, round by round
+
+
+class Cell(NamedTuple):
+    """One comparison."""
+
+    machine: str
+    network: str
+    batch: int
+    T: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,167 +45,125 @@ class Options:
 
     # Folder with tfds/cifar10 and weights/resnet20-12fca82f.th.
     data_dir: Path
-    # Weights of a CIFAR-10 ResNet-18 in torch's layout; without them that network is left out.
+    # Weights of a CIFAR-10 ResNet-18: a checkpoint of train.py or a file in torch's layout. Without
+    # them one is trained for 100 steps, and kept in runs/.
     resnet18: Path | None = None
-    # Only the cells of the last line.
+    # Only the cells of the last line; writes no files.
     quick: bool = False
     # Rounds a cell.
     rounds: int = 7
+    # Seconds after which no further round of a cell begins.
+    cell_seconds: float = 60.0
+    # Minutes after which no further cell begins: the next call goes on there.
+    minutes: float = 1e9
     # Folder of the results.
     out: Path = RESULTS
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Times every cell, writes simulator.csv and .json, prints the machine-readable line."""
-    networks = {"resnet20": ("cifar_resnet20", options.data_dir / "weights/resnet20-12fca82f.th")}
-    if options.resnet18 is not None:
-        networks["resnet18"] = ("cifar_resnet18", options.resnet18)
-    loaded = {
-        name: calibrated(model, weights, options.data_dir, 100)
-        for name, (model, weights) in networks.items()
-    }
-    rows, line = [], {}
-    for name, batch, steps in QUICK if options.quick else FULL:
-        if name in loaded:
-            cell = time_cell(loaded[name], batch, steps, options.rounds)
-            rows += [{"network": name, "batch": batch, "T": steps, **row} for row in cell["rows"]]
-            line |= {f"{name}_T{steps}_{k}": v for k, v in cell["ratios"].items()}
-            print(*(f"{k}={v:.3f}" for k, v in cell["ratios"].items()), flush=True)
-    line["memory_T64_over_T4"] = memory_growth(loaded["resnet20"])
-    write_csv(options.out / "simulator.csv", rows)
-    write_json(options.out / "simulator.json", {"machine": machine(), "ratios": line, "rows": rows})
-    print(*(f"{name}={value:.3f}" for name, value in line.items()))
-    return line
+def run(options: Options) -> None:
+    """Times the cells that are not in the table yet, and prints the machine-readable line."""
+    get = functools.cache(lambda name: _load(name, options))
+    quick = [Cell(machine(), "resnet18", 32, 4), Cell(machine(), "resnet20", 32, 16)]
+    table, start = options.out / "simulator.csv", time.monotonic()
+    rows = [] if options.quick or not table.exists() else read(table)
+    for cell in quick if options.quick else all_cells():
+        if time.monotonic() - start > 60 * options.minutes or cell in by_cell(rows):
+            continue
+        rows += time_cell(get(cell.network), cell, options, best_settings(rows, cell))
+        print(cell, _line(ratios(by_cell(rows)[cell], cell.T)), flush=True)
+        if not options.quick:
+            write_csv(table, rows)
+            write_json(options.out / "simulator.json", summary(rows))
+    found = {c: ratios(by_cell(rows)[c], c.T) for c in quick if c in by_cell(rows)}
+    line = {f"{c.network}_T{c.T}_{k}": v for c, kinds in found.items() for k, v in kinds.items()}
+    print(_line({**line, "memory_T64_over_T4": memory_growth(get("resnet20"))}))
 
 
-def time_cell(network: Network, batch: int, steps: int, rounds: int) -> dict[str, Any]:
-    """Times all competitors on one network, batch and T, and compares what they predict."""
-    images = network.images[:batch]
-    calls = {
-        **torch_calls(network, images, steps),
-        **{f"ours {k}": v for k, v in our_calls(network, images, steps).items()},
-        "limit jax": jax_ann(network, images),
-    }
-    outputs = {name: call() for name, call in calls.items() if not name.startswith("limit")}
-    seconds = in_turn(calls, rounds)
-    limit = fastest(seconds, "limit")
-    reference = outputs["ours plain direct"]
-    rows = [
-        {
-            "competitor": name,
-            "images_x_steps_per_second": batch * passes(name, steps) / median(times),
-            "share_of_limit": ratio(seconds[limit], times) * passes(name, steps),
-            "predictions_that_differ": differing(outputs.get(name), reference),
-        }
-        for name, times in seconds.items()
+def all_cells() -> list[Cell]:
+    """The whole table of this machine; T = 4 first, where the peers' settings are compared."""
+    return [
+        Cell(machine(), network, batch, steps)
+        for network in NETWORKS
+        for batch in (32, 100)
+        for steps in (4, 1, 16, 32)
     ]
-    return {"rows": rows, "ratios": ratios(seconds, limit, steps)}
 
 
-def ratios(seconds: dict[str, list[float]], limit: str, steps: int) -> dict[str, float]:
-    """Ours against each peer's best setting, and against T passes of the ANN."""
-    found = {}
-    for kind in ("direct", "fast"):
-        ours = seconds[f"ours auto {kind}"]
-        found[f"vs_spikingjelly_{kind}"] = ratio(seconds[fastest(seconds, "spikingjelly")], ours)
-        found[f"vs_qcfs_{kind}"] = ratio(seconds["qcfs loop"], ours)
-        found[f"vs_limit_{kind}"] = ratio(seconds[limit], ours) * steps
-    return found
+def time_cell(
+    network: Network, cell: Cell, options: Options, wanted: set[str] | None
+) -> list[dict[str, Any]]:
+    """Times the wanted competitors, or all, in one cell, and compares what they predict."""
+    outputs: dict[str, np.ndarray] = {}
+    calls = competitors(network, network.images[: cell.batch], cell.T, wanted)
+
+    def keep(name: str) -> None:
+        outputs[name] = calls[name]()
+
+    kept = {name: functools.partial(keep, name) for name in calls}
+    seconds = in_turn(kept, options.rounds, budget=options.cell_seconds)
+    limit, reference = seconds[fastest(seconds, "limit")], outputs["ours direct"]
+    rows = []
+    for name, times in seconds.items():
+        steps = 1 if name.startswith("limit") else cell.T
+        rate = {"images_x_steps_per_second": round(cell.batch * steps / median(times), 1)}
+        share = {"share_of_limit": round(ratio(limit, times) * steps, 3)}
+        other = differing(outputs[name], reference) if outputs[name].ndim == 3 else ""
+        raw = {"predictions_that_differ": other, "seconds": " ".join(f"{t:.4g}" for t in times)}
+        rows.append({**cell._asdict(), "competitor": name, **rate, **share, **raw})
+    return rows
 
 
-def passes(name: str, steps: int) -> int:
-    """How many steps a call of this competitor makes: an ANN makes one."""
-    return 1 if name.startswith("limit") else steps
-
-
-def differing(outputs: Any, reference: np.ndarray) -> int | None:
+def differing(outputs: np.ndarray, reference: np.ndarray) -> int:
     """Images whose prediction at any t is another than in the reference."""
-    if outputs is None:
-        return None
-    return int((np.asarray(outputs).argmax(-1) != reference.argmax(-1)).any(0).sum())
+    return int((outputs.argmax(-1) != reference.argmax(-1)).any(0).sum())
 
 
-def our_calls(network: Network, images: np.ndarray, steps: int) -> dict[str, Callable]:
-    """Our simulator: the library's own choice and the plain loop, direct and fast."""
-    calls = {}
-    for setting, (tile, chunk) in SETTINGS.items():
-        for kind, fast in (("direct", False), ("fast", True)):
-            compiled = compile_simulator(network, images, steps, tile, chunk, fast)
-            arguments = compiled, network.variables, jnp.asarray(images)
-            calls[f"{setting} {kind}"] = functools.partial(fetch, *arguments)
-    return calls
-
-
-def fetch(f: Callable, *args: Any) -> np.ndarray:
-    """Calls a compiled function and waits for its result."""
-    return np.asarray(f(*args))
-
-
-def compile_simulator(
-    network: Network,
-    images: np.ndarray,
-    steps: int,
-    tile: int | None = None,
-    chunk: int | None = None,
-    fast: bool = False,
-) -> Any:
-    """The compiled simulator, from (variables, images) to running means [T, N, 10]."""
-
-    def simulated(variables: Any, images: jax.Array) -> jax.Array:
-        return nadaptor.simulate(
-            network.model.apply,
-            variables,
-            images,
-            num_steps=steps,
-            in_axes=(None, 0),
-            tile_size=tile,
-            steps_per_chunk=chunk,
-            fast_convolution=fast,
-        ).outputs
-
-    return jax.jit(simulated).lower(network.variables, images).compile()
-
-
-def jax_ann(network: Network, images: np.ndarray) -> Callable[[], np.ndarray]:
-    """One forward pass of the ANN in JAX."""
-    forward = jax.jit(network.model.clone(activation=Relu).apply)
-    weights = {"params": without_thresholds(network.variables["params"])}
-    return lambda: np.asarray(forward(weights, images))
-
-
-def without_thresholds(tree: Any) -> Any:
-    """The parameters of the layers that a ReLU network has."""
-    if not isinstance(tree, Mapping):
-        return tree
-    return {k: without_thresholds(v) for k, v in tree.items() if not k.startswith("act")}
-
-
-def torch_calls(network: Network, images: np.ndarray, steps: int) -> dict[str, Callable]:
-    """torch's ANN, eager and compiled, SpikingJelly's two modes and the QCFS loop.
-
-    Channels last is the better layout for torch's convolutions here and is given to all of them.
-    """
-    import torch
-
-    from benchmarks import peers
-
-    variables = jax.device_get(network.variables)
-    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
-    x = x.contiguous(memory_format=torch.channels_last)
-    forward = peers.ann(variables).to(memory_format=torch.channels_last)
-    runs = {
-        "limit torch eager": forward,
-        "limit torch compiled": torch.compile(forward),
-        "spikingjelly single": peers.spikingjelly_single(variables, steps),
-        "spikingjelly multi": peers.spikingjelly_multi(variables, steps),
-        "qcfs loop": peers.qcfs_loop(variables, steps),
+def ratios(seconds: Seconds, steps: int) -> dict[str, float]:
+    """Ours against each peer's best setting, and against T passes of the ANN."""
+    peers = {name: seconds[fastest(seconds, name)] for name in ("spikingjelly", "limit", "qcfs")}
+    passes = {"spikingjelly": 1, "limit": steps, "qcfs": 1}
+    return {
+        f"vs_{name}_{kind}": passes[name] * ratio(peer, seconds[f"ours {kind}"])
+        for kind in ("direct", "fast")
+        for name, peer in peers.items()
     }
 
-    def call(f: Callable) -> np.ndarray:
-        with torch.inference_mode():
-            return f(x).numpy()
 
-    return {name: functools.partial(call, f) for name, f in runs.items()}
+def best_settings(rows: Sequence[Mapping[str, Any]], cell: Cell) -> set[str] | None:
+    """The better layout of each competitor at batch 32 and T = 4; None before that is known."""
+    seconds = by_cell(rows).get(cell._replace(batch=32, T=4))
+    if seconds is None:
+        return None
+    heads = {name.removesuffix(" NHWC").removesuffix(" NCHW") for name in seconds}
+    # "ours direct" is not to stand for "ours direct plain".
+    return {fastest(seconds, head) for head in heads if "ours" not in head} | {
+        head for head in heads if "ours" in head and "plain" not in head
+    }
+
+
+def by_cell(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, dict[str, list[float]]]:
+    """The seconds of each competitor in each cell of the table."""
+    cells: dict[Cell, dict[str, list[float]]] = {}
+    for row in rows:
+        cell = Cell(row["machine"], row["network"], int(row["batch"]), int(row["T"]))
+        times = [float(t) for t in row["seconds"].split()]
+        cells.setdefault(cell, {})[row["competitor"]] = times
+    return cells
+
+
+def read(table: Path) -> list[dict[str, Any]]:
+    """Reads the rows of an earlier call."""
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The ratios of every cell, with the versions of the packages."""
+    cells = [
+        {**cell._asdict(), **{k: round(v, 3) for k, v in ratios(seconds, cell.T).items()}}
+        for cell, seconds in by_cell(rows).items()
+    ]
+    return {"versions": {p: importlib.metadata.version(p) for p in PACKAGES}, "cells": cells}
 
 
 def memory_growth(network: Network) -> float:
@@ -206,6 +173,16 @@ def memory_growth(network: Network) -> float:
         for t in (64, 4)
     ]
     return sizes[0] / sizes[1]
+
+
+def _load(name: str, options: Options) -> Network:
+    network = load(name, options.data_dir, 100, options.resnet18 if name == "resnet18" else None)
+    print(f"{name}: {accuracy(network):.0%} of 100 test images right as an ANN", flush=True)
+    return network
+
+
+def _line(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.3f}" for name, value in values.items())
 
 
 if __name__ == "__main__":

@@ -6,24 +6,30 @@ from collections.abc import Callable, Mapping
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    budget: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Runs every call once a round, in rotating order; returns each one's seconds, round by round.
 
-    A call has to wait for its own result.
+    A call has to wait for its own result. No round begins once the budget of seconds is spent:
+    calls so long that the warm-up spends it are timed there.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
-    names = list(calls)
-    for i in range(rounds):
+    names, start, turns = list(calls), time.perf_counter(), []
+    for i in range(warmup + rounds):
         shift = i % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+        turns.append({name: _seconds(calls[name]) for name in names[shift:] + names[:shift]})
+        if time.perf_counter() - start > budget:
+            break
+    timed = turns[warmup:] or turns[-1:]
+    return {name: [turn[name] for turn in timed] for name in names}
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def median(values: list[float]) -> float:
