@@ -3,6 +3,7 @@ import runpy
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
 from nadaptor import demo
@@ -150,3 +151,21 @@ def test_the_demo_makes_its_table_and_files(tmp_path, tiny, monkeypatch, capsys)
 def test_the_demo_needs_seeds_for_a_deviation(tmp_path):
     with pytest.raises(ValueError, match="seeds must be at least 2"):
         demo.demo(seeds=1, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("users", [None, "/the/users/own"])
+def test_a_door_keeps_what_it_compiles_where_the_user_says(users, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if users:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", users)
+    limit, folder = "jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_dir"
+    before = {name: jax.config.values[name] for name in (limit, folder)}
+    jax.config.update(folder, users)  # jax reads the variable at its import
+    try:
+        run_door(lambda: None)
+        expected = users or str(tmp_path / "nadaptor" / "xla")
+        assert jax.config.values[folder] == expected
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -1,11 +1,14 @@
 """What the three commands share: named configs on the command line, and errors in one line."""
 
 import dataclasses
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+import jax
 
 from nadaptor.training.config import Config, check_name
 from nadaptor.training.configs import CONFIGS
@@ -32,9 +35,13 @@ def run_door(main: Callable[[], object]) -> None:
     that failed: one line and exit code 1. A run that SIGTERM ended has saved itself: one line and
     exit code 143. Any other error is a defect and keeps its traceback.
 
+    What jax compiles is kept for the next command in ~/.cache/nadaptor/xla, or where the user's
+    JAX_COMPILATION_CACHE_DIR says; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
+
     Args:
         main: the command.
     """
+    _keep_compiled()
     try:
         main()
     except RunError as error:
@@ -91,6 +98,15 @@ def train_door(run: Run) -> None:
         print(f"accuracy {100 * evaluate(run.config, run.workdir, run.options):.2f}")
     else:
         print(f"checkpoint: {train(run.config, run.workdir, run.options)}")
+
+
+def _keep_compiled() -> None:
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    # A "~" that stays is that of a user without a home.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and caches.is_absolute():
+        jax.config.update("jax_compilation_cache_dir", str(caches / "nadaptor" / "xla"))
+        # Small networks are a hundred programs of less than a second, jax's own limit.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _exit(error: Exception, code: int) -> None:
