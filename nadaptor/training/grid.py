@@ -30,6 +30,7 @@ Method = Literal[
     "lsq",
     "noise_adaptor",
     "noise_adaptor_exact",
+    "noise_adaptor_scaled",
     "noise_adaptor_unscaled",
     "any_level",
     "qcfs",
@@ -38,9 +39,10 @@ Method = Literal[
     "clipped_relu",
 ]
 # What a method sets in a config beside p, where that is more than the activation of its name:
-# Eq. 7's own gradient in place of Eq. 10, and LSQ's factor on the gradient of the scale left out.
+# Eq. 7's own gradient in place of Eq. 10, and LSQ's factor on the gradient of the scale.
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
+    "noise_adaptor_scaled": {"activation": "noise_adaptor", "scale_gradient": True},
     "noise_adaptor_unscaled": {"activation": "noise_adaptor", "scale_gradient": False},
     "any_level": {"activation": "any_level", "gradient": "exact", "scale_gradient": False},
 }

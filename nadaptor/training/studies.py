@@ -36,7 +36,7 @@ def cifar10() -> Study:
 
 
 def cifar10_cpu() -> Study:
-    """ResNet-20 on CIFAR-10, fine-tuned for 250 steps from published weights: p = 2 and 4.
+    """ResNet-20 on CIFAR-10, fine-tuned for 500 steps from published weights: p = 2 and 4.
 
     With and without the adaptor, two seeds, the first 5000 test images. For a 2-core CPU: see
     RESULTS.md.
@@ -47,7 +47,7 @@ def cifar10_cpu() -> Study:
         methods=("lsq", "noise_adaptor"),
         levels=(2, 4),
         seeds=2,
-        corrections=("none", "offset-spikes"),
+        corrections=("none",),
         config="cifar10_resnet20_lsq",
         num_steps=16,
         split="test",
@@ -56,7 +56,7 @@ def cifar10_cpu() -> Study:
 
 
 def cifar10_cpu_variants() -> Study:
-    """The noise adaptor's variants beside it: exact gradient, no gradient factor, any level.
+    """The noise adaptor's variants beside it: exact gradient, LSQ's gradient factor, any level.
 
     As cifar10_cpu, at p = 2, on validation images. In the same workdir, its networks are used.
 
@@ -64,7 +64,7 @@ def cifar10_cpu_variants() -> Study:
     """
     return Study(
         methods=(
-            "lsq", "noise_adaptor", "noise_adaptor_exact", "noise_adaptor_unscaled", "any_level"
+            "lsq", "noise_adaptor", "noise_adaptor_exact", "noise_adaptor_scaled", "any_level"
         ),
         levels=(2,),
         seeds=2,
