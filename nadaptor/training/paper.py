@@ -83,7 +83,7 @@ def cifar10_resnet20_na() -> Config:
     """ResNet-20 on CIFAR-10 with p = 4 and the noise adaptor, fine-tuned for 500 steps.
 
     Not in the paper: 32000 images once, to run on a CPU, from published weights. LSQ's factor on
-    the gradient of the scale is off: in so few steps the scales hardly move with it. See RESULTS.md.
+    the gradient of the scale is off: in so few steps the scales hardly move with it; RESULTS.md.
 
     `python train.py cifar10_resnet20_na --init-from FILE`
     """
