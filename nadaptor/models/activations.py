@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ from nadaptor._checks import check_levels
 from nadaptor.models.scales import SCALE_FLOOR
 from nadaptor.quantizers import GradientMode, clipped_relu, lsq, noise_adaptor
 
+ScaleStart = Literal["lsq", "mmse"]
 # Sets the draw of a network's levels apart from the keys of its layers.
 DRAW = 0x1E7E15
 
@@ -41,13 +42,16 @@ class Lsq(nn.Module):
     """Quantizes to `s * {0, ..., p}` with the step size s learned (Eq. 3-5).
 
     Forward `s * round(clip(v/s, 0, p))`. The parameter `quant_scale` starts from the batch with
-    which it is created, at `2 * mean|relu(v)| / sqrt(p)`, and its gradient is multiplied by
-    `1/sqrt(N*p)`, with N the features of one sample that share the scale.
+    which it is created, at `2 * mean|relu(v)| / sqrt(p)` or where it represents relu(v) best, and
+    its gradient is multiplied by `1/sqrt(N*p)`, with N the features of one sample that share the
+    scale.
 
     Attributes:
         levels: p, a positive integer.
         scale_gradient: whether to apply LSQ's factor on the gradient of the scale.
         data_start: whether the scale starts from data; else it starts at `initial_scale`.
+        scale_start: "lsq" for LSQ's rule; "mmse" for the scale, of 95 up to max(v)/p, at which the
+            mean of `(relu(v) - lsq(v))^2` is smallest: a pre-trained network loses less to it.
         initial_scale: the constant start, in the units of v, also where v is silent in the data.
         per_channel: one scale for each entry of the last axis, instead of one for the layer.
         axis_name: mapped axis (of `pmap`, `vmap` or `shard_map`) over which the start is averaged;
@@ -63,19 +67,23 @@ class Lsq(nn.Module):
         1.0607
 
     Source: Noise Adaptor, Eq. 3-5; Esser et al., Learned step size quantization, 2019, whose start
-    and gradient factor the paper follows without stating them.
+    and gradient factor the paper follows without stating them; Li et al., A free lunch from ANN,
+    2021, for the other start.
     """
 
     levels: int
     scale_gradient: bool = dataclasses.field(default=True, kw_only=True)
+    scale_start: ScaleStart = dataclasses.field(default="lsq", kw_only=True)
     data_start: bool = dataclasses.field(default=True, kw_only=True)
     initial_scale: float = dataclasses.field(default=1.0, kw_only=True)
     per_channel: bool = dataclasses.field(default=False, kw_only=True)
     axis_name: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Checks the levels."""
+        """Checks the levels and the start."""
         check_levels(self.levels)
+        if self.scale_start not in ("lsq", "mmse"):
+            raise ValueError(f"scale_start must be 'lsq' or 'mmse', not {self.scale_start!r}")
         super().__post_init__()
 
     @nn.compact
@@ -86,11 +94,23 @@ class Lsq(nn.Module):
     def learn_scale(self, v: jax.Array) -> jax.Array:
         """Returns the parameter `quant_scale`, created from v where it is missing."""
 
-        def measure(positive: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        def from_mean(positive: jax.Array, axes: tuple[int, ...]) -> jax.Array:
             mean = _across(self, jax.lax.pmean, positive.mean(axes))
             return 2 * mean / math.sqrt(self.levels)
 
+        measure = self._with_least_error if self.scale_start == "mmse" else from_mean
         return _learned(self, "quant_scale", v, measure, self.initial_scale)
+
+    def _with_least_error(self, positive: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        largest = _across(self, jax.lax.pmax, positive.max(axes)) / self.levels
+
+        def error(factor: jax.Array) -> jax.Array:
+            scale = jnp.maximum(largest * factor, SCALE_FLOOR)
+            loss = ((positive - lsq(positive, scale, self.levels)) ** 2).mean(axes)
+            return _across(self, jax.lax.pmean, loss)
+
+        factors = 1 - 0.01 * jnp.arange(95)
+        return largest * factors[jax.lax.map(error, factors).argmin(0)]
 
     def quantize(self, v: jax.Array, scale: jax.Array) -> jax.Array:
         """Returns the activation of v for a given scale."""

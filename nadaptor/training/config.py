@@ -33,6 +33,8 @@ class Config:
     batch_size: int
     # Step size of the first update; a cosine takes it to 0 at the last.
     learning_rate: float
+    # Updates over which the step size first rises from 0; 0 for none.
+    warmup_steps: int
     # Share of the last update that is kept in the next.
     momentum: float
     # Factor of the L2 gradient, on all parameters, scales included.
@@ -45,6 +47,8 @@ class Config:
     noise_amplitude: float
     # Gradient of the noise adaptor's scale: Eq. 10 ("paper") or Eq. 7's ("exact").
     gradient: Literal["paper", "exact"]
+    # Where scales start: by LSQ's rule, or where the first batch is represented best.
+    scale_start: Literal["lsq", "mmse"]
     # Whether LSQ's factor 1/sqrt(N*p) is on the gradient of the scale.
     scale_gradient: bool
     # Levels of which each step of "any_level" draws one.
@@ -107,7 +111,7 @@ def check_config(config: Config) -> Config:
             raise ValueError(f"{field} must be at least 0 and below 1, not {value!r}")
     if not 0 < config.initial_threshold < float("inf"):
         raise ValueError(f"initial_threshold must be positive, not {config.initial_threshold!r}")
-    for field in ("learning_rate", "weight_decay", "noise_amplitude", "seed"):
+    for field in ("learning_rate", "warmup_steps", "weight_decay", "noise_amplitude", "seed"):
         if not 0 <= getattr(config, field) < float("inf"):
             raise ValueError(f"{field} must be a number >= 0, not {getattr(config, field)!r}")
     return config

@@ -22,6 +22,7 @@ from nadaptor.models import (
     create,
     project_scales,
 )
+from nadaptor.models.activations import ScaleStart
 from nadaptor.quantizers import GradientMode
 from nadaptor.training.augmentation import Augmentation, prepare_batch
 from nadaptor.training.config import Activation, Config, Dtype
@@ -53,6 +54,7 @@ class Layer(NamedTuple):
     initial_threshold: float
     noise_amplitude: float
     gradient: GradientMode
+    scale_start: ScaleStart
     scale_gradient: bool
     drawn_levels: tuple[int, ...]
 
@@ -114,6 +116,8 @@ def build_step(
 def build_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     """Builds SGD with momentum, a cosine from the learning rate to 0, and decay of all parameters.
 
+    With a warm-up, the rate rises from 0 along a line before, and the cosine has the other steps.
+
     Args:
         config: the run.
         total_steps: updates in it.
@@ -121,7 +125,8 @@ def build_optimizer(config: Config, total_steps: int) -> optax.GradientTransform
     Returns:
         The optimizer. The decay is added to the gradient before the momentum, as torch does.
     """
-    return _sgd(config.learning_rate, total_steps, config.momentum, config.weight_decay)
+    schedule = config.learning_rate, config.warmup_steps, total_steps
+    return _sgd(*schedule, config.momentum, config.weight_decay)
 
 
 def train_step(
@@ -258,7 +263,9 @@ def _network(
 def _slot(layer: Layer, axis_name: str | None) -> Callable[..., nn.Module]:
     """What makes the activation layers of a network."""
     levels = {"levels": layer.levels}
-    learned = {**levels, "scale_gradient": layer.scale_gradient}
+    learned = {
+        **levels, "scale_start": layer.scale_start, "scale_gradient": layer.scale_gradient
+    }
     noisy = {**learned, "amplitude": layer.noise_amplitude, "gradient": layer.gradient}
     from_threshold = {**levels, "initial_threshold": layer.initial_threshold}
     slots = {
@@ -295,9 +302,16 @@ def _step(
 
 @functools.cache
 def _sgd(
-    learning_rate: float, total_steps: int, momentum: float, weight_decay: float
+    learning_rate: float,
+    warmup_steps: int,
+    total_steps: int,
+    momentum: float,
+    weight_decay: float,
 ) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(learning_rate, total_steps)
+    schedule = optax.cosine_decay_schedule(learning_rate, max(total_steps - warmup_steps, 1))
+    if warmup_steps:
+        rise = optax.linear_schedule(0, learning_rate, warmup_steps)
+        schedule = optax.join_schedules([rise, schedule], [warmup_steps])
     return optax.chain(
         optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum)
     )

@@ -36,7 +36,7 @@ def cifar10() -> Study:
 
 
 def cifar10_cpu() -> Study:
-    """ResNet-20 on CIFAR-10, fine-tuned for 500 steps from published weights: p = 2 and 4.
+    """ResNet-20 on CIFAR-10, fine-tuned for one epoch from published weights: p = 2 and 4.
 
     With and without the adaptor, two seeds, the first 5000 test images. For a 2-core CPU: see
     RESULTS.md.

@@ -31,6 +31,36 @@ def test_the_scale_starts_at_twice_the_mean_over_the_root_of_the_levels(levels):
     np.testing.assert_allclose(params["quant_scale"], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("levels", [1, 2, 7])
+def test_the_scale_of_least_error_is_better_than_its_neighbours(levels):
+    v = jnp.maximum(sample(6, 5, 5, 3), 0)
+    start = Lsq(levels, scale_start="mmse").init(jax.random.key(1), v)["params"]["quant_scale"]
+
+    def error(scale):
+        return float(((v - nadaptor.lsq(v, scale, levels)) ** 2).mean())
+
+    grid = v.max() / levels * 0.01
+    np.testing.assert_allclose(start / grid, np.round(start / grid), rtol=1e-4)
+    assert error(start) <= min(error(start - grid), error(start + grid))
+    assert error(start) < error(Lsq(levels).init(jax.random.key(1), v)["params"]["quant_scale"])
+
+
+def test_the_scale_of_least_error_is_measured_over_all_devices():
+    layer, v = Lsq(2, scale_start="mmse", axis_name="batch"), sample(8, 5)
+    whole = Lsq(2, scale_start="mmse").init(jax.random.key(1), v)
+
+    def start(part):
+        return start_scales(layer, {"params": {}}, part, jax.random.key(0))
+
+    parts = jax.vmap(start, axis_name="batch")(v.reshape(2, 4, 5))
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], parts), whole)
+
+
+def test_an_unknown_start_is_refused_with_its_value():
+    with pytest.raises(ValueError, match="'lsq' or 'mmse', not 'best'"):
+        Lsq(2, scale_start="best")
+
+
 def test_the_threshold_starts_at_the_maximum():
     v = sample(6, 5)
     params = ClippedRelu().init(jax.random.key(1), v)["params"]

@@ -70,6 +70,16 @@ def test_the_optimizer_is_sgd_with_momentum_decay_of_everything_and_a_cosine():
         chex.assert_trees_all_close(params["act1"]["quant_scale"], w, rtol=1e-6)
 
 
+def test_the_rate_rises_along_a_line_in_a_warm_up_and_then_follows_the_cosine():
+    optimizer = build_optimizer(small("digits_na", warmup_steps=2, momentum=0, weight_decay=0), 6)
+    state, rates = optimizer.init(jnp.array(0.0)), []
+    for _ in range(6):
+        update, state = optimizer.update(jnp.array(-1.0), state, jnp.array(0.0))
+        rates.append(float(update))
+    cosine = 0.1 * 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4))
+    np.testing.assert_allclose(rates, [0, 0.05, *cosine], atol=1e-7)
+
+
 def test_scales_stay_positive_whatever_the_update(batch):
     step, state = start(small("digits_na", learning_rate=1e4), batch)
     params = jax.jit(step)(state, *batch, jax.random.key(0))[0].params
