@@ -1,98 +1,118 @@
-"""A faster convolution of spikes: Winograd's minimal filtering F(2x2, 3x3) in plain JAX.
+"""Winograd's minimal filtering F(4x4, 3x3): a 3x3 convolution by fewer products.
 
-Each 2x2 square of outputs takes 16 products for each pair of channels in place of 36:
-`Y = A^T [(G g G^T) * (B^T d B)] A`, for the filter g and the 4x4 square d of inputs under it. The
-filter's transform is static, and so is made once by `prepare`. Sums come out in another order
-than in the direct convolution: float rounding may flip a few spikes.
+Each 4x4 square of outputs takes 36 products for each pair of channels in place of 144:
+`Y = A^T [(G g G^T) * (B^T d B)] A`, for the filter g and the 6x6 square d of inputs under it. Sums
+come out in another order than in the direct convolution, and a little less exact.
 
 Source: Lavin and Gray, Fast algorithms for convolutional neural networks, 2016.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import operator
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
 
-_G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-
-
-def winograd(eqn: Any, spiking: Sequence[bool]) -> ClosedJaxpr | None:
-    """The body to put in place of a 3x3 convolution of spikes at stride 1; None for any other.
-
-    Args:
-        eqn: an equation of a jaxpr.
-        spiking: for each operand, whether spikes reach it.
-    """
-    if eqn.primitive.name != "conv_general_dilated" or tuple(spiking) != (True, False):
-        return None
-    image, kernel = (var.aval for var in eqn.invars)
-    dims, params = eqn.params["dimension_numbers"], eqn.params
-    plain = (
-        image.ndim == 4
-        and [kernel.shape[i] for i in dims.rhs_spec[2:]] == [3, 3]
-        and {*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"]} == {1}
-        and params["feature_group_count"] == params["batch_group_count"] == 1
-        and min(min(edge) for edge in params["padding"]) >= 0
-        # Half precision would lose digits in the transforms.
-        and image.dtype == kernel.dtype == eqn.outvars[0].aval.dtype == jnp.float32
-    )
-    if not plain:
-        return None
-
-    def body(x: jax.Array, w: jax.Array) -> list[jax.Array]:
-        x = x.transpose(_order(dims.lhs_spec, "NHWC"))
-        w = w.transpose([dims.rhs_spec[i] for i in (2, 3, 1, 0)])
-        y = _convolve(x, w, params["padding"])
-        back = _order(dims.out_spec, "NHWC")
-        return [y.transpose([back.index(i) for i in range(4)])]
-
-    return jax.make_jaxpr(body)(image, kernel)
+_G = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+# Outputs and inputs of a square, along one axis.
+_OUT, _IN = 4, 6
+# Of the transformed squares of the images that are convolved together: they fit in a core's cache.
+BLOCK_BYTES = 5 * 2**19
+Grid = Sequence[Sequence[jax.Array]]
 
 
-def _order(spec: Sequence[int], names: str) -> list[int]:
-    """The axes N, H, W, C of an operand whose spec gives them as batch, feature, space."""
-    at = dict(zip("NCHW", spec, strict=True))
-    return [at[name] for name in names]
+def transform_filter(w: jax.Array) -> jax.Array:
+    """Returns G g G^T for w [3, 3, C, D], as [36, C, D]."""
+    filters = _both_axes(_transform_filters, [list(row) for row in w])
+    return jnp.stack([entry for row in filters for entry in row])
 
 
-def _convolve(x: jax.Array, w: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
-    """Convolves x [N, H, W, C] with w [3, 3, C, D], stride 1."""
+def convolve(x: jax.Array, filters: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
+    """Convolves x [N, H, W, C] at stride 1 with what `transform_filter` made, [36, C, D]."""
     height, width = (size + sum(edge) - 2 for size, edge in zip(x.shape[1:3], padding, strict=True))
-    rows, columns = -(-height // 2), -(-width // 2)
-    squares = _squares(x, padding, rows, columns)
-    g = jnp.array(_G, w.dtype)
-    filters = jnp.einsum("ai,bj,ijcd->abcd", g, g, w, precision="highest")
-    products = [[squares[i][j] @ filters[i, j] for j in range(4)] for i in range(4)]
-    y = _both_axes(_sum_outputs, products)
-    y = jnp.stack([jnp.stack(row, 3) for row in y], 2)  # [N, rows, 2, columns, 2, D]
-    y = y.reshape(x.shape[0], 2 * rows, 2 * columns, w.shape[-1])
-    return y[:, :height, :width]
+    rows, columns = -(-height // _OUT), -(-width // _OUT)
+    together = _images_together(x.shape[0], 4 * _IN * _IN * rows * columns * x.shape[3])
+    convolve_block = functools.partial(_convolve, filters, padding, rows, columns)
+    y = jax.lax.map(convolve_block, x.reshape(-1, together, *x.shape[1:]))
+    return y.reshape(x.shape[0], *y.shape[2:])[:, :height, :width]
+
+
+def _images_together(number: int, image_bytes: int) -> int:
+    """The largest divisor of the number of images that keeps a block in the cache."""
+    fit = max(1, BLOCK_BYTES // image_bytes)
+    return next(n for n in range(min(fit, number), 0, -1) if number % n == 0)
+
+
+def _convolve(
+    filters: jax.Array,
+    padding: Sequence[tuple[int, int]],
+    rows: int,
+    columns: int,
+    x: jax.Array,
+) -> jax.Array:
+    """All whole squares of outputs of some images, [N, 4*rows, 4*columns, D]."""
+    squares = _both_axes(_transform_inputs, _squares(x, padding, rows, columns))
+    shape = x.shape[0], rows, columns, filters.shape[-1]
+    stacked = jnp.stack([square.reshape(-1, x.shape[-1]) for row in squares for square in row])
+    products = (stacked @ filters).reshape(_IN, _IN, *shape)
+    y = _both_axes(_sum_outputs, [list(row) for row in products])
+    y = jnp.stack([jnp.stack(row, 3) for row in y], 2)  # [N, rows, 4, columns, 4, D]
+    return y.reshape(x.shape[0], _OUT * rows, _OUT * columns, shape[-1])
 
 
 def _squares(
     x: jax.Array, padding: Sequence[tuple[int, int]], rows: int, columns: int
 ) -> list[list[jax.Array]]:
-    """B^T d B for all squares at once: 4x4 arrays [N, rows, columns, C]."""
+    """The 6x6 squares under the outputs: entry [i][j] is [N, rows, columns, C]."""
     (top, _), (left, _) = padding
-    below, right = 2 * rows + 2 - x.shape[1] - top, 2 * columns + 2 - x.shape[2] - left
+    below, right = (
+        _OUT * number + 2 - size - before
+        for number, size, before in zip((rows, columns), x.shape[1:3], (top, left), strict=True)
+    )
     x = jnp.pad(x, ((0, 0), (top, below), (left, right), (0, 0)))
-    ends = 2 * rows - 1, 2 * columns - 1
-    d = [[x[:, i : i + ends[0] : 2, j : j + ends[1] : 2] for j in range(4)] for i in range(4)]
-    return _both_axes(_differences, d)
+    ends = _OUT * (rows - 1) + 1, _OUT * (columns - 1) + 1
+    return [
+        [x[:, i : i + ends[0] : _OUT, j : j + ends[1] : _OUT] for j in range(_IN)]
+        for i in range(_IN)
+    ]
 
 
-def _differences(d: Sequence[jax.Array]) -> list[jax.Array]:
+def _transform_filters(g: Sequence[jax.Array]) -> list[jax.Array]:
+    """G along one axis."""
+    rows = [[a * x for a, x in zip(row, g, strict=True) if a] for row in _G]
+    return [functools.reduce(operator.add, row) for row in rows]
+
+
+def _transform_inputs(d: Sequence[jax.Array]) -> list[jax.Array]:
     """B^T along one axis."""
-    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+    even, odd = d[4] - 4 * d[2], d[3] - 4 * d[1]
+    half, double = d[4] - d[2], 2 * (d[3] - d[1])
+    first, last = 4 * d[0] - 5 * d[2] + d[4], 4 * d[1] - 5 * d[3] + d[5]
+    return [first, even + odd, even - odd, half + double, half - double, last]
 
 
 def _sum_outputs(m: Sequence[jax.Array]) -> list[jax.Array]:
     """A^T along one axis."""
-    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
+    near, far = m[1] + m[2], m[3] + m[4]
+    near_odd, far_odd = m[1] - m[2], m[3] - m[4]
+    return [
+        m[0] + near + far,
+        near_odd + 2 * far_odd,
+        near + 4 * far,
+        near_odd + 8 * far_odd + m[5],
+    ]
 
 
-def _both_axes(transform: Any, grid: Sequence[Sequence[jax.Array]]) -> list[list[jax.Array]]:
+def _both_axes(
+    transform: Callable[[Sequence[jax.Array]], list[jax.Array]], grid: Grid
+) -> list[list[jax.Array]]:
     columns = [transform(column) for column in zip(*grid, strict=True)]
     return [transform(row) for row in zip(*columns, strict=True)]

@@ -102,21 +102,28 @@ def simulate(
             "arguments hold independent examples; for f(params, images): in_axes=(None, 0)"
         )
 
-    def run(*args: Any, chunk: int = steps_per_chunk or 1) -> Simulation:
-        net = spiking(f, *args, neuron=neuron, fast_convolution=fast_convolution)
-        prepared = net.prepare(*args)
-        return run_network(net, prepared, num_steps, min(chunk, num_steps), correction)
-
+    convert = functools.partial(spiking, f, neuron=neuron, fast_convolution=fast_convolution)
+    net, chunk = convert(*args), steps_per_chunk or 1
     if in_axes is None:
-        return run(*args)
+        return run_network(net, net.prepare(*args), num_steps, min(chunk, num_steps), correction)
     axes, number = examples(in_axes, args)
-    shapes = [layer.shape for layer in spiking(f, *args).layers]
+    shapes = [layer.shape for layer in net.layers]
     tile, chunk = choose(shapes, number, num_steps, jax.default_backend())
-    run = functools.partial(run, chunk=steps_per_chunk or chunk)
-    tile = tile if tile_size is None else tile_size
+    tile, chunk = tile_size or tile, min(steps_per_chunk or chunk, num_steps)
     if tile >= number:
-        return run(*args)
-    return Simulation(*in_tiles(run, args, axes, number, tile, shapes))
+        return run_network(net, net.prepare(*args), num_steps, chunk, correction)
+
+    def start(*args: Any) -> Callable[..., Simulation]:
+        net = convert(*args)
+        shared = net.prepare_shared(args, [axis is not None for axis in axes])
+
+        def run(*args: Any) -> Simulation:
+            prepared = net.prepare(*args, shared=shared)
+            return run_network(net, prepared, num_steps, chunk, correction)
+
+        return run
+
+    return Simulation(*in_tiles(start, args, axes, number, tile, shapes))
 
 
 def run_network(

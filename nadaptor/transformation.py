@@ -9,7 +9,7 @@ evaluated once by `prepare`; the *spiking* part runs at every time step.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ from jax.extend.core import Literal
 from jax.sharding import AxisType
 
 from nadaptor._affine import check_affine, check_no_inner_mark, check_not_random
+from nadaptor._convolution import faster
 from nadaptor._trace import Atom, Op, Trace, reached, trace, variables
-from nadaptor._winograd import winograd
 from nadaptor.neurons import IntegrateAndFire, Neuron, State
 
 Prepared = tuple[jax.Array, ...]
@@ -54,11 +54,12 @@ class SpikingNetwork:
     _in_tree: Any = dataclasses.field(repr=False)
     _out_tree: Any = dataclasses.field(repr=False)
 
-    def prepare(self, *args: Any) -> Prepared:
+    def prepare(self, *args: Any, shared: Mapping[int, jax.Array] | None = None) -> Prepared:
         """Evaluates the static part, once for all time steps.
 
         Args:
             *args: as those of the function, with the shapes and dtypes it was traced for.
+            shared: from `prepare_shared`, what need not be evaluated again.
 
         Returns:
             The arrays that the spiking part reads: weights, and currents from the analog input.
@@ -68,10 +69,31 @@ class SpikingNetwork:
         """
         leaves = self._check_arguments(args)
         values = {**self._trace.consts, **dict(zip(self._trace.inputs, leaves, strict=True))}
-        for op in self._static:
-            outputs = op.bind(*(_read(values, atom) for atom in op.inputs))
-            values.update(zip(op.outputs, outputs, strict=True))
+        values.update(shared or {})
+        _evaluate([op for op in self._static if op.outputs[0] not in values], values)
         return tuple(jnp.asarray(values[i]) for i in self._boundary)
+
+    def prepare_shared(self, args: tuple[Any, ...], varying: Sequence[bool]) -> dict[int, Any]:
+        """Evaluates what of the static part depends on some arguments alone, such as the weights.
+
+        Args:
+            args: as those of the function; of the varying ones only the shapes count.
+            varying: for each leaf of `args`, whether it is to be another in each `prepare`.
+
+        Returns:
+            What `prepare` takes as `shared`.
+        """
+        leaves = self._check_arguments(args)
+        inputs = zip(self._trace.inputs, leaves, varying, strict=True)
+        known = {**self._trace.consts, **{i: leaf for i, leaf, varies in inputs if not varies}}
+        shared: list[Op] = []
+        available = set(known)
+        for op in self._static:
+            if available.issuperset(variables(op.inputs)):
+                shared.append(op)
+                available.update(op.outputs)
+        _evaluate(shared, known)
+        return {i: known[i] for op in shared for i in op.outputs}
 
     def init(self, prepared: Prepared) -> tuple[State, ...]:
         """Returns the state before the first time step, one entry for each layer."""
@@ -174,8 +196,9 @@ def spiking(
         f: any JAX function, with any pytrees of arrays as arguments and result.
         *args: arguments of `f`, arrays or `jax.ShapeDtypeStruct`s, as for `jax.make_jaxpr`.
         neuron: the neuron to use in all layers.
-        fast_convolution: whether 3x3 convolutions of spikes at stride 1 go through Winograd's
-            F(2x2, 3x3). It is faster on a CPU, and rounds differently: a few spikes may flip.
+        fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 128 channels or
+            more and 8 pixels or larger, go through Winograd's F(4x4, 3x3). It is faster on a CPU,
+            and less exact: a few spikes may flip.
 
     Returns:
         The network: `prepare`, `init`, `step` and the list of its `layers`.
@@ -199,7 +222,8 @@ def spiking(
     Source: Noise Adaptor, Eq. 1, 2 and 6.
     """
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
-    traced = trace(closed, winograd if fast_convolution else None)
+    backend = jax.default_backend()
+    traced = trace(closed, lambda eqn, spikes: faster(eqn, spikes, backend, fast_convolution))
     static, spiking_ops = _split(traced)
     _check_outputs(traced, jax.tree.leaves_with_path(shapes))
     made = {i for op in spiking_ops for i in op.outputs}
@@ -224,6 +248,13 @@ def place_like(x: jax.Array, like: Any) -> jax.Array:
         x = jax.sharding.reshard(x, sharding) if x.shape == like.shape else x
     axes = () if manual is None else manual.varying - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def _evaluate(ops: Sequence[Op], values: dict[int, Any]) -> None:
+    """Adds to `values` what the operations make of them."""
+    for op in ops:
+        outputs = op.bind(*(_read(values, atom) for atom in op.inputs))
+        values.update(zip(op.outputs, outputs, strict=True))
 
 
 def _split(traced: Trace) -> tuple[tuple[Op, ...], tuple[Op, ...]]:

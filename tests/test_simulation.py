@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import nadaptor
+from nadaptor._trace import contains, sub_jaxprs
 from nadaptor.neurons import triangle
 
 SCALES = [0.125, 0.1, 0.3, 0.0437]
@@ -159,6 +160,25 @@ def test_batch_split_changes_nothing(tile_size):
     whole = simulate(cnn, CNN, IMAGES, num_steps=5)
     tiled = simulate(cnn, CNN, IMAGES, num_steps=5, in_axes=(None, 0), tile_size=tile_size)
     chex.assert_trees_all_equal(tiled, whole)
+
+
+def test_weights_are_transformed_once_for_all_tiles():
+    def f(w, x):
+        return nadaptor.lsq(x, 0.5, 2) @ jnp.exp(w)
+
+    run = functools.partial(simulate, f, num_steps=3, in_axes=(None, 0), tile_size=2)
+    jaxpr = jax.make_jaxpr(run)(jnp.ones((3, 3)), jnp.ones((6, 3))).jaxpr
+
+    def is_exp(eqn):
+        return eqn.primitive.name == "exp"
+
+    def repeats_it(eqn):
+        loop = eqn.primitive.name == "scan"
+        return loop and any(contains(sub, is_exp) for sub in sub_jaxprs(eqn.params))
+
+    assert contains(jaxpr, lambda eqn: eqn.primitive.name == "scan")
+    assert contains(jaxpr, is_exp)
+    assert not contains(jaxpr, repeats_it)
 
 
 @pytest.mark.parametrize("tile_size", [2, 3])

@@ -458,3 +458,17 @@ def test_current_on_the_grid_rounds_to_the_same_level_and_sums_exactly(levels):
         spikes = (total >= levels).astype(np.float32)
         total, exact = total - levels * spikes, exact - levels * spikes
     np.testing.assert_array_equal(total, exact)
+
+
+def test_what_is_shared_need_not_be_prepared_again():
+    def f(w, b, x):
+        return nadaptor.lsq(x @ jnp.exp(w) + b, 0.5, 2) @ jnp.sin(w)
+
+    w, b, x, other = (jax.random.normal(jax.random.key(i), (3, 3)) for i in range(4))
+    net = nadaptor.spiking(f, w, b, x)
+    shared = net.prepare_shared((w, b, x), (False, True, True))
+    chex.assert_trees_all_equal(net.prepare(w, b, other, shared=shared), net.prepare(w, b, other))
+    again = jax.make_jaxpr(lambda x: net.prepare(w, b, x, shared=shared))(x)
+    names = {eqn.primitive.name for eqn in again.eqns}
+    assert "dot_general" in names
+    assert not names & {"exp", "sin"}
