@@ -1,10 +1,10 @@
-"""What a simulation cost and how good it was: early exit, firing rates, layer errors.
+"""What a simulation cost and how good it was: firing rates, layer errors.
 
 Everything here reads what `nadaptor.simulate` returns or a traced network, and changes neither.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,54 +16,6 @@ from nadaptor.simulation import Correction, Simulation
 from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 
 Reference = Literal["rounded", "clipped"]
-
-class EarlyExit(NamedTuple):
-    """When each example stops and what it has then been classified as, for M thresholds."""
-
-    steps: jax.Array  # [M, ...] int32: time steps run, 1 to T
-    predictions: jax.Array  # [M, ...] int32: class at that step
-
-
-def early_exit(outputs: jax.Array, thresholds: jax.Array) -> EarlyExit:
-    """Stops each example at the first step at which its confidence reaches a threshold.
-
-    The confidence at step t is the largest softmax probability of the running mean of the logits.
-    An example that never reaches the threshold runs for all T steps. One simulation of T steps
-    serves all thresholds: accuracy is `(predictions == labels).mean(-1)`, and the price
-    `steps.mean(-1)`.
-
-    Args:
-        outputs: running means of the logits, [T, ..., classes], as in `Simulation.outputs`.
-        thresholds: [M], confidences between 0 and 1; above 1 no example stops early.
-
-    Returns:
-        The steps and predictions, [M, ...].
-
-    Raises:
-        ValueError: `outputs` is not at least [T, classes], or `thresholds` is not a vector.
-
-    Example:
-        >>> outputs = jnp.array([[[1.0, 0.0], [0.1, 0.0]], [[1.0, 0.0], [0.0, 2.0]]])
-        >>> exits = early_exit(outputs, jnp.array([0.7, 1.1]))
-        >>> exits.steps.tolist(), exits.predictions.tolist()
-        ([[1, 2], [2, 2]], [[0, 1], [0, 1]])
-
-    Source: Li, Jones and Furber, Unleashing the potential of spiking neural networks by dynamic
-    confidence, 2023.
-    """
-    outputs, thresholds = jnp.asarray(outputs), jnp.asarray(thresholds)
-    if outputs.ndim < 2 or thresholds.ndim != 1:
-        raise ValueError(
-            "early_exit needs outputs [T, ..., classes] and a vector of thresholds, not shapes "
-            f"{outputs.shape} and {thresholds.shape}"
-        )
-    confidence = jax.nn.softmax(outputs).max(-1)
-    sure = confidence >= thresholds.reshape(-1, *[1] * confidence.ndim)
-    last = outputs.shape[0] - 1
-    index = jnp.where(sure.any(1), sure.argmax(1), last)
-    classes = outputs.argmax(-1)
-    predictions = jax.vmap(lambda i: jnp.take_along_axis(classes, i[None], 0)[0])(index)
-    return EarlyExit((index + 1).astype(jnp.int32), predictions.astype(jnp.int32))
 
 
 def firing_rates(sim: Simulation, num_steps: int) -> tuple[jax.Array, ...]:

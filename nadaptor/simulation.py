@@ -36,7 +36,17 @@ class Simulation(NamedTuple):
     total_steps: int | jax.Array  # T, and the steps that the correction spent
 
 
-class _Carry(NamedTuple):
+class Sizes(NamedTuple):
+    """How much to do at a time; None for what suits the machine."""
+
+    num_steps: int  # T
+    steps_per_chunk: int | None
+    tile_size: int | None
+
+
+class Carry(NamedTuple):
+    """What goes from one chunk of steps to the next."""
+
     state: tuple[State, ...]
     total: Any
     counts: tuple[jax.Array, ...]
@@ -94,6 +104,35 @@ def simulate(
     Source: Noise Adaptor, Eq. 1, 2 and section 5.1.
     """
     num_steps = check_count(num_steps, "num_steps")
+
+    def run(net: SpikingNetwork, prepared: Prepared, chunk: int) -> Simulation:
+        return run_network(net, prepared, num_steps, chunk, correction)
+
+    convert = functools.partial(spiking, f, neuron=neuron, fast_convolution=fast_convolution)
+    sizes = Sizes(num_steps, steps_per_chunk, tile_size)
+    return run_in_tiles(run, convert, args, in_axes, sizes)
+
+
+def run_in_tiles(
+    run: Callable[[SpikingNetwork, Prepared, int], Simulation],
+    convert: Callable[..., SpikingNetwork],
+    args: tuple[Any, ...],
+    in_axes: int | Sequence[Any] | None,
+    sizes: Sizes,
+) -> Simulation:
+    """Runs a network on all examples, or on a tile of them at a time where `in_axes` allows it.
+
+    Args:
+        run: runs a converted and prepared network by chunks of so many steps.
+        convert: converts the function for arguments of given shapes.
+        args: the function's arguments.
+        in_axes: as in `simulate`.
+        sizes: how much to do at a time.
+
+    Raises:
+        ValueError: a size is not a positive int, or there is a `tile_size` without `in_axes`.
+    """
+    num_steps, steps_per_chunk, tile_size = sizes
     for name, value in (("steps_per_chunk", steps_per_chunk), ("tile_size", tile_size)):
         _ = value is None or check_count(value, name)
     if tile_size is not None and in_axes is None:
@@ -101,27 +140,20 @@ def simulate(
             f"tile_size={tile_size} needs in_axes, as in jax.vmap, to say which axes of the "
             "arguments hold independent examples; for f(params, images): in_axes=(None, 0)"
         )
-
-    convert = functools.partial(spiking, f, neuron=neuron, fast_convolution=fast_convolution)
-    net, chunk = convert(*args), steps_per_chunk or 1
+    net = convert(*args)
     if in_axes is None:
-        return run_network(net, net.prepare(*args), num_steps, min(chunk, num_steps), correction)
+        return run(net, net.prepare(*args), min(steps_per_chunk or 1, num_steps))
     axes, number = examples(in_axes, args)
     shapes = [layer.shape for layer in net.layers]
     tile, chunk = choose(shapes, number, num_steps, jax.default_backend())
     tile, chunk = tile_size or tile, min(steps_per_chunk or chunk, num_steps)
     if tile >= number:
-        return run_network(net, net.prepare(*args), num_steps, chunk, correction)
+        return run(net, net.prepare(*args), chunk)
 
     def start(*args: Any) -> Callable[..., Simulation]:
         net = convert(*args)
         shared = net.prepare_shared(args, [axis is not None for axis in axes])
-
-        def run(*args: Any) -> Simulation:
-            prepared = net.prepare(*args, shared=shared)
-            return run_network(net, prepared, num_steps, chunk, correction)
-
-        return run
+        return lambda *args: run(net, net.prepare(*args, shared=shared), chunk)
 
     return Simulation(*in_tiles(start, args, axes, number, tile, shapes))
 
@@ -145,22 +177,23 @@ def run_network(
     Returns:
         A `Simulation`.
     """
-    carry = _start(net, prepared, correction)
+    carry = start_carry(net, prepared, correction)
     chunks, rest = divmod(num_steps, steps_per_chunk)
 
-    def body(carry: _Carry, _: None) -> tuple[_Carry, Any]:
-        return _chunk(net, prepared, carry, steps_per_chunk)
+    def body(carry: Carry, _: None) -> tuple[Carry, Any]:
+        return run_chunk(net, prepared, carry, steps_per_chunk)
 
     carry, outputs = jax.lax.scan(body, carry, length=chunks)
     outputs = jax.tree.map(lambda x: merge(x, 0), outputs)
     if rest:
-        carry, last = _chunk(net, prepared, carry, rest)
+        carry, last = run_chunk(net, prepared, carry, rest)
         outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
     spent = num_steps + (correction.num_steps if correction else 0)
     return Simulation(outputs, carry.counts, spent)
 
 
-def _start(net: SpikingNetwork, prepared: Prepared, correction: Correction | None) -> _Carry:
+def start_carry(net: SpikingNetwork, prepared: Prepared, correction: Correction | None) -> Carry:
+    """Returns what the first chunk begins with; the steps of the correction are run here."""
     state = net.place(correction.start(net, prepared)) if correction else net.init(prepared)
     out = jax.eval_shape(net.step, state, prepared)[1]
 
@@ -168,12 +201,12 @@ def _start(net: SpikingNetwork, prepared: Prepared, correction: Correction | Non
         return place_like(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), x)
 
     counts = net.place([jnp.zeros(layer.shape, jnp.int32) for layer in net.layers])
-    return _Carry(state, jax.tree.map(zeros, out), counts, jnp.int32(0))
+    return Carry(state, jax.tree.map(zeros, out), counts, jnp.int32(0))
 
 
-def _chunk(
-    net: SpikingNetwork, prepared: Prepared, carry: _Carry, size: int
-) -> tuple[_Carry, Any]:
+def run_chunk(
+    net: SpikingNetwork, prepared: Prepared, carry: Carry, size: int
+) -> tuple[Carry, Any]:
     """Runs `size` steps together; returns the new carry and the running mean at each of them."""
     state, counts = list(carry.state), list(carry.counts)
 
@@ -190,7 +223,7 @@ def _chunk(
     total, sums = jax.lax.scan(_add, carry.total, out)
     steps = carry.time + 1 + jnp.arange(size)
     means = jax.tree.map(lambda x: x / steps.reshape(-1, *[1] * (x.ndim - 1)), sums)
-    return _Carry(tuple(state), total, tuple(counts), carry.time + size), means
+    return Carry(tuple(state), total, tuple(counts), carry.time + size), means
 
 
 def _add(total: Any, out: Any) -> tuple[Any, Any]:

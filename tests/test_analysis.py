@@ -1,40 +1,13 @@
-"""Early exit, firing rates and layer errors, against what a plain loop over examples gives."""
+"""Firing rates and layer errors, against what a plain loop over examples gives."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import nadaptor
-from nadaptor.analysis import early_exit, firing_rates, layer_errors
-
-
-def test_early_exit_is_what_a_loop_over_examples_gives():
-    outputs = jax.random.normal(jax.random.key(0), (6, 20, 4)) * 2
-    thresholds = [0.0, 0.5, 0.8, 0.95, 1.1]
-    exits = early_exit(outputs, jnp.array(thresholds))
-    confidence = np.asarray(jax.nn.softmax(outputs).max(-1))
-    for m, threshold in enumerate(thresholds):
-        for b in range(20):
-            t = next((t for t in range(6) if confidence[t, b] >= np.float32(threshold)), 5)
-            assert exits.steps[m, b] == t + 1
-            assert exits.predictions[m, b] == outputs[t, b].argmax()
-
-
-def test_a_higher_threshold_never_stops_earlier():
-    outputs = jax.random.normal(jax.random.key(1), (8, 50, 10))
-    steps = early_exit(outputs, jnp.linspace(0, 1.1, 12)).steps
-    assert (jnp.diff(steps, axis=0) >= 0).all()
-    assert (steps[0] == 1).all()
-    assert (steps[-1] == 8).all()
-
-
-@pytest.mark.parametrize(("outputs", "thresholds"), [((4,), (1,)), ((4, 3), ())])
-def test_early_exit_refuses_other_shapes(outputs, thresholds):
-    with pytest.raises(ValueError, match="vector of thresholds"):
-        early_exit(jnp.zeros(outputs), jnp.zeros(thresholds))
+from nadaptor.analysis import firing_rates, layer_errors
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 
 from nadaptor import simulate, spiking
 from nadaptor._checks import check_count
-from nadaptor.analysis import early_exit
+from nadaptor.exits import early_exit
 from nadaptor.training.data import Split
 from nadaptor.training.inference import PLAIN, Inference
 
@@ -67,7 +67,7 @@ def snn_accuracy(
         steps_per_chunk: time steps folded into one evaluation; see `nadaptor.simulate`.
         inference: the neuron and the correction.
         confidences: softmax confidences at which to stop an image early, one row of `early_exit`
-            each; see `nadaptor.analysis.early_exit`. Its `mean_steps` are counted steps.
+            each; see `nadaptor.exits.early_exit`. Its `mean_steps` are counted steps.
 
     Returns:
         Accuracy at t = 1 to T, spikes for each layer, and the price and accuracy of early exit.
