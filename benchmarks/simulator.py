@@ -50,6 +50,8 @@ class Options:
     resnet18: Path | None = None
     # Only the cells of the last line; writes no files.
     quick: bool = False
+    # Images a cell.
+    batches: tuple[int, ...] = (32, 100)
     # Rounds a cell.
     rounds: int = 7
     # Seconds after which no further round of a cell begins.
@@ -66,7 +68,7 @@ def run(options: Options) -> None:
     quick = [Cell(machine(), "resnet18", 32, 4), Cell(machine(), "resnet20", 32, 16)]
     table, start = options.out / "simulator.csv", time.monotonic()
     rows = [] if options.quick or not table.exists() else read(table)
-    for cell in quick if options.quick else all_cells():
+    for cell in quick if options.quick else all_cells(options.batches):
         if time.monotonic() - start > 60 * options.minutes or cell in by_cell(rows):
             continue
         rows += time_cell(get(cell.network), cell, options, best_settings(rows, cell))
@@ -86,12 +88,12 @@ def run(options: Options) -> None:
     print(_line({**line, "memory_T64_over_T4": memory_growth(get("resnet20"))}))
 
 
-def all_cells() -> list[Cell]:
+def all_cells(batches: Sequence[int]) -> list[Cell]:
     """The whole table of this machine; T = 4 first, where the peers' settings are compared."""
     return [
         Cell(machine(), network, batch, steps)
         for network in NETWORKS
-        for batch in (32, 100)
+        for batch in batches
         for steps in (4, 1, 16, 32)
     ]
 
