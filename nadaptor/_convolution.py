@@ -18,7 +18,7 @@ from nadaptor._winograd import convolve, transform_filter
 
 # Measured with jax 0.10 on AVX-512: into at most so many channels XLA's convolution is slow; and
 # from and into so many at least, Winograd's transforms cost less than they save.
-MOST_NARROW, LEAST_NARROW_INPUTS, LEAST_WINOGRAD = 16, 8, 128
+MOST_NARROW, LEAST_NARROW_INPUTS, LEAST_WINOGRAD = 16, 8, 64
 # In smaller images each transformed filter, four times as large, serves too few squares.
 LEAST_WINOGRAD_SIZE = 8
 Padding = Sequence[tuple[int, int]]

@@ -26,6 +26,8 @@ _G = (
 _OUT, _IN = 4, 6
 # Of the transformed squares of the images that are convolved together: they fit in a core's cache.
 BLOCK_BYTES = 5 * 2**19
+# Squares from which on each of the 36 products is a call of its own, and nothing has to be stacked.
+LEAST_SQUARES = 128
 Grid = Sequence[Sequence[jax.Array]]
 
 
@@ -61,11 +63,18 @@ def _convolve(
     """All whole squares of outputs of some images, [N, 4*rows, 4*columns, D]."""
     squares = _both_axes(_transform_inputs, _squares(x, padding, rows, columns))
     shape = x.shape[0], rows, columns, filters.shape[-1]
-    stacked = jnp.stack([square.reshape(-1, x.shape[-1]) for row in squares for square in row])
-    products = (stacked @ filters).reshape(_IN, _IN, *shape)
-    y = _both_axes(_sum_outputs, [list(row) for row in products])
+    products = _products([square for row in squares for square in row], filters)
+    y = _both_axes(_sum_outputs, [products[i : i + _IN] for i in range(0, _IN * _IN, _IN)])
     y = jnp.stack([jnp.stack(row, 3) for row in y], 2)  # [N, rows, 4, columns, 4, D]
     return y.reshape(x.shape[0], _OUT * rows, _OUT * columns, shape[-1])
+
+
+def _products(squares: Sequence[jax.Array], filters: jax.Array) -> list[jax.Array]:
+    """The 36 products with the filters, one by one where each is large enough to be worth a call."""
+    if squares[0][..., 0].size >= LEAST_SQUARES:
+        return [square @ w for square, w in zip(squares, filters, strict=True)]
+    stacked = jnp.stack([square.reshape(-1, square.shape[-1]) for square in squares])
+    return [y.reshape(*squares[0].shape[:-1], -1) for y in stacked @ filters]
 
 
 def _squares(
