@@ -70,7 +70,7 @@ def _convolve(
 
 
 def _products(squares: Sequence[jax.Array], filters: jax.Array) -> list[jax.Array]:
-    """The 36 products with the filters, one by one where each is large enough to be worth a call."""
+    """The 36 products with the filters, one by one where each is large enough for a call."""
     if squares[0][..., 0].size >= LEAST_SQUARES:
         return [square @ w for square, w in zip(squares, filters, strict=True)]
     stacked = jnp.stack([square.reshape(-1, square.shape[-1]) for square in squares])
