@@ -57,7 +57,10 @@ def compile_simulator(network: Network, images: Any, steps: int, **options: Any)
 
     def simulated(variables: Any, images: jax.Array) -> jax.Array:
         axes = (None, 0)
-        run = functools.partial(nadaptor.simulate, num_steps=steps, in_axes=axes, **options)
+        # One device a core: see `benchmarks.simulator.run`.
+        devices = jax.devices() if len(images) % len(jax.devices()) == 0 else None
+        where = {"in_axes": axes, "devices": devices}
+        run = functools.partial(nadaptor.simulate, num_steps=steps, **where, **options)
         return run(network.model.apply, variables, images).outputs
 
     return jax.jit(simulated).lower(network.variables, images).compile()

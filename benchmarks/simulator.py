@@ -11,11 +11,13 @@ import csv
 import dataclasses
 import functools
 import importlib.metadata
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from benchmarks.competitors import competitors, compile_simulator
@@ -64,6 +66,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Times the cells that are not in the table yet, and prints the machine-readable line."""
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     get = functools.cache(lambda name: _load(name, options))
     quick = [Cell(machine(), "resnet18", 32, 4), Cell(machine(), "resnet20", 32, 16)]
     table, start = options.out / "simulator.csv", time.monotonic()

@@ -162,6 +162,19 @@ def test_batch_split_changes_nothing(tile_size):
     chex.assert_trees_all_equal(tiled, whole)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_devices_that_share_the_examples_change_nothing(number):
+    def f(weights, x):
+        shared = nadaptor.lsq(weights[0], 0.5, 2)  # a layer that has no axis of the examples
+        return nadaptor.lsq(weights @ x, 0.5, 2).T + shared[:3]
+
+    weights = jnp.round(4 * jax.random.normal(jax.random.key(0), (3, 6))) / 4
+    x = jnp.round(4 * jax.random.normal(jax.random.key(1), (6, 6))) / 4
+    run = functools.partial(simulate, f, weights, x, num_steps=5)
+    shared = run(in_axes=(None, -1), devices=jax.devices()[:number], tile_size=1)
+    chex.assert_trees_all_equal(jax.device_get(shared), jax.device_get(run()))
+
+
 def test_weights_are_transformed_once_for_all_tiles():
     def f(w, x):
         return nadaptor.lsq(x, 0.5, 2) @ jnp.exp(w)
@@ -362,6 +375,8 @@ def test_simulation_exports_with_a_symbolic_number_of_examples(in_axes):
         (dict(steps_per_chunk=0), "steps_per_chunk must be a positive int, not 0"),
         (dict(tile_size=2), r"tile_size=2 needs in_axes.*in_axes=\(None, 0\)"),
         (dict(tile_size=0, in_axes=(None, 0)), "tile_size must be a positive int, not 0"),
+        (dict(devices=jax.devices()[:1]), r"devices=.* needs in_axes"),
+        (dict(devices=jax.devices()[:7], in_axes=(None, 0)), "do not divide by 7 devices"),
         (dict(in_axes=(None, 0, 0)), "in_axes has 3 entries for 2 arguments"),
         (dict(in_axes=(None, 4)), r"in_axes has 4 for an argument of shape \(5, 4, 4, 2\)"),
         (dict(in_axes=(None, None)), r"must pick axes of one length, not \[\]"),

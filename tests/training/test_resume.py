@@ -105,6 +105,13 @@ def test_another_config_or_data_set_is_refused_by_the_field(saved, card, word):
         latest(saved, card)
 
 
+def test_a_snapshot_between_two_measurements_is_no_reason_to_warn(saved, caplog):
+    with contextlib.closing(opened(saved)) as snapshots:
+        snapshots.save(9, STATE, {})
+        assert snapshots.wait()
+    assert not caplog.records
+
+
 def test_a_state_that_is_not_finite_is_not_saved(saved):
     snapshots = opened(saved)
     with pytest.raises(RunError, match="w is not finite after 9 updates"):
