@@ -53,7 +53,7 @@ def faster(
         and inputs >= LEAST_NARROW_INPUTS
         and width % 2 == 0
     ):
-        body = _in_pairs
+        body = in_pairs
     else:
         return None
     return jax.make_jaxpr(functools.partial(_as_nhwc, body, dims, padding))(image, kernel)
@@ -100,7 +100,7 @@ def _by_winograd(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     return convolve(x, transform_filter(w), padding)
 
 
-def _in_pairs(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
+def in_pairs(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     """Two columns of outputs at a time: a 3x4 filter at every second column."""
     left, right = (jnp.pad(w, ((0, 0), edge, (0, 0), (0, 0))) for edge in ((0, 1), (1, 0)))
     y = jax.lax.conv_general_dilated(

@@ -1,0 +1,85 @@
+"""Where the simulator's time goes: the convolutions of ResNet-18 and ResNet-20, one by one.
+
+`python -m benchmarks.convolutions` times each 3x3 convolution at stride 1 on 16 images, what a tile
+of 4 examples and 4 steps gives it: XLA's, the pairs of columns, Winograd's, and the transform of
+Winograd's filters, which the simulator does once a call. Everything in turn, medians over rounds.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.timing import in_turn, median, ratio
+from nadaptor._convolution import in_pairs
+from nadaptor._winograd import convolve, transform_filter
+from nadaptor.training.files import markdown, write_csv
+from nadaptor.training.provenance import machine
+
+RESULTS = Path(__file__).parent / "results"
+PADDING = ((1, 1), (1, 1))
+# (channels, pixels along an edge): ResNet-20's three stages, ResNet-18's four.
+SHAPES = ((16, 32), (32, 16), (64, 8), (64, 32), (128, 16), (256, 8), (512, 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time."""
+
+    # Images a call: examples times steps.
+    images: int = 16
+    # Rounds.
+    rounds: int = 15
+    # Folder of the results.
+    out: Path = RESULTS
+
+
+def run(options: Options) -> None:
+    """Times every shape and writes the table."""
+    rows = [time_shape(channels, size, options) for channels, size in SHAPES]
+    print(markdown([{k: str(v) for k, v in row.items()} for row in rows]))
+    write_csv(options.out / "convolutions.csv", rows)
+
+
+def time_shape(channels: int, size: int, options: Options) -> dict[str, Any]:
+    """One row of the table."""
+    x = jax.random.normal(jax.random.key(0), (options.images, size, size, channels))
+    w = jax.random.normal(jax.random.key(1), (3, 3, channels, channels))
+    calls = {
+        "xla": _compiled(direct, x, w),
+        "pairs": _compiled(functools.partial(in_pairs, padding=PADDING), x, w),
+        "winograd": _compiled(
+            functools.partial(convolve, padding=PADDING), x, jax.jit(transform_filter)(w)
+        ),
+        "transform": _compiled(transform_filter, w),
+    }
+    seconds = in_turn(calls, options.rounds, warmup=2)
+    return {
+        "machine": machine(),
+        "channels": channels,
+        "pixels": size,
+        **{f"{name} ms": round(1e3 * median(times), 3) for name, times in seconds.items()},
+        "xla over pairs": round(ratio(seconds["xla"], seconds["pairs"]), 2),
+        "xla over winograd": round(ratio(seconds["xla"], seconds["winograd"]), 2),
+    }
+
+
+def direct(x: jax.Array, w: jax.Array) -> jax.Array:
+    """XLA's own convolution."""
+    names = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, w, (1, 1), PADDING, dimension_numbers=names)
+
+
+def _compiled(f: Callable[..., Any], *args: jax.Array) -> Callable[[], Any]:
+    compiled = jax.jit(f).lower(*args).compile()
+    return lambda: jax.block_until_ready(compiled(*map(jnp.asarray, args)))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    run(tyro.cli(Options))
