@@ -7,14 +7,12 @@ Winograd's filters, which the simulator does once a call. Everything in turn, me
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from benchmarks.timing import in_turn, median, ratio
+from benchmarks.timing import compiled, in_turn, median, ratio
 from nadaptor._convolution import in_pairs
 from nadaptor._winograd import convolve, transform_filter
 from nadaptor.training.files import markdown, write_csv
@@ -50,12 +48,12 @@ def time_shape(channels: int, size: int, options: Options) -> dict[str, Any]:
     x = jax.random.normal(jax.random.key(0), (options.images, size, size, channels))
     w = jax.random.normal(jax.random.key(1), (3, 3, channels, channels))
     calls = {
-        "xla": _compiled(direct, x, w),
-        "pairs": _compiled(functools.partial(in_pairs, padding=PADDING), x, w),
-        "winograd": _compiled(
+        "xla": compiled(direct, x, w),
+        "pairs": compiled(functools.partial(in_pairs, padding=PADDING), x, w),
+        "winograd": compiled(
             functools.partial(convolve, padding=PADDING), x, jax.jit(transform_filter)(w)
         ),
-        "transform": _compiled(transform_filter, w),
+        "transform": compiled(transform_filter, w),
     }
     seconds = in_turn(calls, options.rounds, warmup=2)
     return {
@@ -72,11 +70,6 @@ def direct(x: jax.Array, w: jax.Array) -> jax.Array:
     """XLA's own convolution."""
     names = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, w, (1, 1), PADDING, dimension_numbers=names)
-
-
-def _compiled(f: Callable[..., Any], *args: jax.Array) -> Callable[[], Any]:
-    compiled = jax.jit(f).lower(*args).compile()
-    return lambda: jax.block_until_ready(compiled(*map(jnp.asarray, args)))
 
 
 if __name__ == "__main__":

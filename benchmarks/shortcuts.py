@@ -14,11 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import nadaptor
 from benchmarks.networks import Network, load
-from benchmarks.timing import in_turn, median, ratio
+from benchmarks.timing import compiled, in_turn, median, ratio
 from nadaptor.exits import early_exit, simulate_until_sure
 from nadaptor.simulation import run_chunk, start_carry
 from nadaptor.training.files import markdown, write_csv, write_json
@@ -93,12 +92,10 @@ def prefix(network: Network, options: Options) -> dict[str, Callable[[], Any]]:
 
         return jax.lax.scan(step, carry, length=options.num_steps)[1]
 
-    def compiled(once: bool) -> Callable[[], Any]:
-        f = jax.jit(functools.partial(simulated, once=once))
-        call = f.lower(network.variables, images).compile()
-        return lambda: np.asarray(call(network.variables, images))
-
-    return {"prefix on": compiled(True), "prefix off": compiled(False)}
+    return {
+        name: compiled(functools.partial(simulated, once=once), network.variables, images)
+        for name, once in (("prefix on", True), ("prefix off", False))
+    }
 
 
 def exits(network: Network, options: Options) -> dict[str, Callable[[], Any]]:
@@ -107,9 +104,8 @@ def exits(network: Network, options: Options) -> dict[str, Callable[[], Any]]:
     for size in tiles(options):
         runs = {f"exit on {size}": until_sure, f"exit off {size}": whole}
         for name, f in runs.items():
-            jitted = jax.jit(functools.partial(f, network, options, size))
-            compiled = jitted.lower(network.variables, images).compile()
-            calls[name] = functools.partial(_wait, compiled, network.variables, images)
+            part = functools.partial(f, network, options, size)
+            calls[name] = compiled(part, network.variables, images)
     return calls
 
 
@@ -167,10 +163,6 @@ def silent(network: Network, options: Options) -> dict[str, float]:
     fired = jax.jit(counted)(network.variables, images)  # [T, layers, images]
     in_tiles = fired.reshape(*fired.shape[:2], -1, options.tile_size).any(-1)
     return {"tile": float(1 - in_tiles.mean()), "image": float(1 - fired.mean())}
-
-
-def _wait(f: Callable[..., Any], *args: Any) -> Any:
-    return jax.block_until_ready(f(*args))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
 
 
 def in_turn(
@@ -24,6 +27,12 @@ def in_turn(
             break
     timed = turns[warmup:] or turns[-1:]
     return {name: [turn[name] for turn in timed] for name in names}
+
+
+def compiled(f: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Returns the call of f on these arguments, compiled, that waits for its result."""
+    program = jax.jit(f).lower(*args).compile()
+    return lambda: jax.block_until_ready(program(*args))
 
 
 def _seconds(call: Callable[[], object]) -> float:

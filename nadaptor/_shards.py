@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from nadaptor._tiles import batch_axis, cut
+
 AXIS = "examples"
 
 
@@ -45,14 +47,13 @@ def in_shards(
             "the batch"
         )
     leaves, tree = jax.tree.flatten(args)
-    size, specs, part = number // len(devices), [], []
-    for x, axis in zip(leaves, axes, strict=True):
-        specs.append(_spec(None if axis is None else axis % jnp.ndim(x)))
-        part.append(x if axis is None else jax.lax.slice_in_dim(x, 0, size, axis=axis))
-    pairs = zip(shapes(*args), shapes(*tree.unflatten(part)), strict=True)
+    specs = tuple(
+        _spec(None if axis is None else axis % jnp.ndim(x))
+        for x, axis in zip(leaves, axes, strict=True)
+    )
+    part = tree.unflatten(cut(leaves, axes, 0, number // len(devices)))
     counts = tuple(
-        _spec(next((i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), None))
-        for pair in pairs
+        _spec(batch_axis(*pair)) for pair in zip(shapes(*part), shapes(*args), strict=True)
     )
 
     def run_part(*leaves: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -63,7 +64,7 @@ def in_shards(
     out_specs = (PartitionSpec(None, AXIS), counts, PartitionSpec())
     # Unchecked: a layer without an example's axis is the same everywhere, which cannot be inferred.
     sharded = jax.shard_map(
-        run_part, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs, check_vma=False
+        run_part, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False
     )
     return sharded(*leaves)
 

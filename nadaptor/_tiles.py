@@ -70,11 +70,7 @@ def in_tiles(
     tiles, rest = divmod(number, size)
 
     def part(first: Any, length: int) -> Any:
-        cut = [
-            x if a is None else jax.lax.dynamic_slice_in_dim(x, first, length, a)
-            for x, a in zip(leaves, axes, strict=True)
-        ]
-        return tree.unflatten(cut)
+        return tree.unflatten(cut(leaves, axes, first, length))
 
     run = start(*part(0, size))
     done = jax.lax.map(lambda i: run(*part(i * size, size)), jnp.arange(tiles))
@@ -84,7 +80,11 @@ def in_tiles(
     return (
         jax.tree.map(functools.partial(_join, axis=1), *outputs),
         tuple(
-            _join(x, None if last is None else last.spike_counts[i], axis=_batch_axis(x, shape))
+            _join(
+                x,
+                None if last is None else last.spike_counts[i],
+                axis=batch_axis(x.shape[1:], shape),
+            )
             # A run that stops early counts no spikes.
             for i, (x, shape) in enumerate(zip(done.spike_counts, shapes, strict=False))
         ),
@@ -100,10 +100,20 @@ def _join(tiles: jax.Array, last: jax.Array | None = None, *, axis: int | None) 
     return whole if last is None else jnp.concatenate([whole, last], axis)
 
 
-def _batch_axis(tiles: jax.Array, shape: tuple[int, ...]) -> int | None:
+def cut(
+    leaves: Sequence[jax.Array], axes: Sequence[int | None], first: Any, length: int
+) -> list[jax.Array]:
+    """Some of the examples in each leaf that holds any, and the other leaves as they are."""
+    return [
+        x if axis is None else jax.lax.dynamic_slice_in_dim(x, first, length, axis)
+        for x, axis in zip(leaves, axes, strict=True)
+    ]
+
+
+def batch_axis(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
     """The axis of a layer that grew with the examples: under `vmap` it may be any."""
-    pairs = zip(tiles.shape[1:], shape, strict=True)
-    return next((axis for axis, (tile, all_) in enumerate(pairs) if tile != all_), None)
+    pairs = zip(part, whole, strict=True)
+    return next((axis for axis, (some, all_) in enumerate(pairs) if some != all_), None)
 
 
 def examples(in_axes: Any, args: tuple[Any, ...]) -> tuple[list[int | None], int]:

@@ -118,11 +118,7 @@ def simulate(
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
     if devices is None:
         return run_in_tiles(run, convert, args, in_axes, sizes)
-    if in_axes is None:
-        raise ValueError(
-            f"devices={list(devices)} needs in_axes, as in jax.vmap, to say which axes of the "
-            "arguments hold independent examples; for f(params, images): in_axes=(None, 0)"
-        )
+    _check_independent("devices", list(devices), in_axes)
 
     def run_part(*args: Any) -> Simulation:
         return run_in_tiles(run, convert, args, in_axes, sizes)
@@ -155,11 +151,8 @@ def run_in_tiles(
     num_steps, steps_per_chunk, tile_size = sizes
     for name, value in (("steps_per_chunk", steps_per_chunk), ("tile_size", tile_size)):
         _ = value is None or check_count(value, name)
-    if tile_size is not None and in_axes is None:
-        raise ValueError(
-            f"tile_size={tile_size} needs in_axes, as in jax.vmap, to say which axes of the "
-            "arguments hold independent examples; for f(params, images): in_axes=(None, 0)"
-        )
+    if tile_size is not None:
+        _check_independent("tile_size", tile_size, in_axes)
     net = convert(*args)
     if in_axes is None:
         return run(net, net.prepare(*args), min(steps_per_chunk or 1, num_steps))
@@ -244,6 +237,14 @@ def run_chunk(
     steps = carry.time + 1 + jnp.arange(size)
     means = jax.tree.map(lambda x: x / steps.reshape(-1, *[1] * (x.ndim - 1)), sums)
     return Carry(tuple(state), total, tuple(counts), carry.time + size), means
+
+
+def _check_independent(name: str, value: Any, in_axes: Any) -> None:
+    if in_axes is None:
+        raise ValueError(
+            f"{name}={value} needs in_axes, as in jax.vmap, to say which axes of the arguments "
+            "hold independent examples; for f(params, images): in_axes=(None, 0)"
+        )
 
 
 def _add(total: Any, out: Any) -> tuple[Any, Any]:

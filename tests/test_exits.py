@@ -1,6 +1,5 @@
 """Early exit against what a plain loop over examples gives, and that it saves the steps it can."""
 
-
 import chex
 import jax
 import jax.numpy as jnp
