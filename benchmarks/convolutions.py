@@ -1,8 +1,9 @@
 """Where the simulator's time goes: the convolutions of ResNet-18 and ResNet-20, one by one.
 
 `python -m benchmarks.convolutions` times each 3x3 convolution at stride 1 on 16 images, what a tile
-of 4 examples and 4 steps gives it: XLA's, the pairs of columns, Winograd's, and the transform of
-Winograd's filters, which the simulator does once a call. Everything in turn, medians over rounds.
+of 4 examples and 4 steps gives it: XLA's, the pairs of columns, the filter's positions one by one,
+Winograd's along both axes and along the height alone, and the transform of Winograd's filters,
+which the simulator does once a call. Everything in turn, medians over rounds.
 """
 
 import dataclasses
@@ -13,8 +14,13 @@ from typing import Any
 import jax
 
 from benchmarks.timing import compiled, in_turn, median, ratio
-from nadaptor._convolution import in_pairs
-from nadaptor._winograd import convolve, transform_filter
+from nadaptor._convolution import by_position, in_pairs
+from nadaptor._winograd import (
+    convolve,
+    convolve_rows,
+    transform_filter,
+    transform_filter_rows,
+)
 from nadaptor.training.files import markdown, write_csv
 from nadaptor.training.provenance import machine
 
@@ -47,22 +53,25 @@ def time_shape(channels: int, size: int, options: Options) -> dict[str, Any]:
     """One row of the table."""
     x = jax.random.normal(jax.random.key(0), (options.images, size, size, channels))
     w = jax.random.normal(jax.random.key(1), (3, 3, channels, channels))
-    calls = {
-        "xla": compiled(direct, x, w),
-        "pairs": compiled(functools.partial(in_pairs, padding=PADDING), x, w),
-        "winograd": compiled(
-            functools.partial(convolve, padding=PADDING), x, jax.jit(transform_filter)(w)
-        ),
-        "transform": compiled(transform_filter, w),
-    }
+    calls = {"xla": compiled(direct, x, w), "transform": compiled(transform_filter, w)}
+    for name, f, filters in (
+        ("pairs", in_pairs, w),
+        ("positions", by_position, w),
+        ("winograd", convolve, jax.jit(transform_filter)(w)),
+        ("height", convolve_rows, jax.jit(transform_filter_rows)(w)),
+    ):
+        calls[name] = compiled(functools.partial(f, padding=PADDING), x, filters)
     seconds = in_turn(calls, options.rounds, warmup=2)
     return {
         "machine": machine(),
         "channels": channels,
         "pixels": size,
         **{f"{name} ms": round(1e3 * median(times), 3) for name, times in seconds.items()},
-        "xla over pairs": round(ratio(seconds["xla"], seconds["pairs"]), 2),
-        "xla over winograd": round(ratio(seconds["xla"], seconds["winograd"]), 2),
+        **{
+            f"xla over {name}": round(ratio(seconds["xla"], times), 2)
+            for name, times in seconds.items()
+            if name not in ("xla", "transform")
+        },
     }
 
 

@@ -1,12 +1,15 @@
 """Faster ways to compute a 3x3 convolution of spikes on a CPU, put in its place.
 
 Into few channels, XLA convolves at less than half its speed: two neighbouring columns of outputs
-are computed as one with twice the channels, the same products and some with 0 more. Between many
-channels, Winograd's algorithm takes a quarter of the products, and is less exact: it is left to
-the user. What depends on the filter alone is static, and so is made once by `prepare`.
+are computed as one with twice the channels, the same products and some with 0 more. Of a small
+image, much of what it multiplies is the zeros around: each position of the filter takes a product
+of its own, with the pixels it meets. Between many channels, Winograd's algorithm takes a quarter or
+half of the products, and is less exact: it is left to the user. What depends on the filter alone
+is static, and so is made once by `prepare`.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,13 +17,22 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
-from nadaptor._winograd import convolve, transform_filter
+from nadaptor._winograd import (
+    convolve,
+    convolve_rows,
+    transform_filter,
+    transform_filter_rows,
+)
 
 # Measured with jax 0.10 on AVX-512: into at most so many channels XLA's convolution is slow; and
-# from and into so many at least, Winograd's transforms cost less than they save.
-MOST_NARROW, LEAST_NARROW_INPUTS, LEAST_WINOGRAD = 16, 8, 64
+# from and into so many at least, Winograd's transforms cost less than they save, along the height
+# or along both axes.
+MOST_NARROW, LEAST_NARROW_INPUTS, LEAST_WINOGRAD, LEAST_WINOGRAD_BOTH = 16, 8, 64, 128
 # In smaller images each transformed filter, four times as large, serves too few squares.
 LEAST_WINOGRAD_SIZE = 8
+# Channels from which on, and the share of a filter's products with pixels up to which, it pays not
+# to multiply the zeros around an image. At 4x4 pixels, a border wide, the share is 0.69.
+LEAST_SMALL, MOST_IN_IMAGE = 128, 0.75
 Padding = Sequence[tuple[int, int]]
 
 
@@ -46,7 +58,8 @@ def faster(
         and min(inputs, outputs) >= LEAST_WINOGRAD
         and min(height, width) >= LEAST_WINOGRAD_SIZE
     ):
-        body = _by_winograd
+        both = min(inputs, outputs) >= LEAST_WINOGRAD_BOTH
+        body = _by_winograd if both else _by_winograd_rows
     elif (
         backend == "cpu"
         and outputs <= MOST_NARROW
@@ -54,6 +67,12 @@ def faster(
         and width % 2 == 0
     ):
         body = in_pairs
+    elif (
+        backend == "cpu"
+        and min(inputs, outputs) >= LEAST_SMALL
+        and _share_in_image((height, width), padding) <= MOST_IN_IMAGE
+    ):
+        body = by_position
     else:
         return None
     return jax.make_jaxpr(functools.partial(_as_nhwc, body, dims, padding))(image, kernel)
@@ -100,6 +119,10 @@ def _by_winograd(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     return convolve(x, transform_filter(w), padding)
 
 
+def _by_winograd_rows(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
+    return convolve_rows(x, transform_filter_rows(w), padding)
+
+
 def in_pairs(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     """Two columns of outputs at a time: a 3x4 filter at every second column."""
     left, right = (jnp.pad(w, ((0, 0), edge, (0, 0), (0, 0))) for edge in ((0, 1), (1, 0)))
@@ -111,3 +134,32 @@ def in_pairs(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     return y.reshape(*y.shape[:2], 2 * y.shape[2], w.shape[-1])
+
+
+def by_position(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
+    """A product for each of the filter's nine positions, with the pixels that it meets alone."""
+    outputs = [size + sum(edge) - 2 for size, edge in zip(x.shape[1:3], padding, strict=True)]
+    rows, columns = (_spans(*both) for both in zip(outputs, padding, strict=True))
+    products = [
+        jnp.pad(
+            x[:, i + a - top : i + b - top, j + c - left : j + d - left] @ w[i, j],
+            ((0, 0), (a, outputs[0] - b), (c, outputs[1] - d), (0, 0)),
+        )
+        for (top, _), (left, _) in [padding]
+        for i, (a, b) in enumerate(rows)
+        for j, (c, d) in enumerate(columns)
+    ]
+    return functools.reduce(operator.add, products)
+
+
+def _spans(outputs: int, edge: tuple[int, int]) -> list[tuple[int, int]]:
+    """For each of the filter's three positions along an axis, the outputs it has a pixel for."""
+    before, after = edge
+    return [(max(0, before - i), min(outputs, outputs + 2 - after - i)) for i in range(3)]
+
+
+def _share_in_image(outputs: Sequence[int], padding: Padding) -> float:
+    """Of a filter's products, the share that is with pixels, not with the zeros around them."""
+    spans = [_spans(*both) for both in zip(outputs, padding, strict=True)]
+    met = [sum(b - a for a, b in along) / (3 * n) for along, n in zip(spans, outputs, strict=True)]
+    return met[0] * met[1]

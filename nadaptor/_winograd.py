@@ -1,13 +1,15 @@
-"""Winograd's minimal filtering F(4x4, 3x3): a 3x3 convolution by fewer products.
+"""Winograd's minimal filtering: a 3x3 convolution by fewer products.
 
-Each 4x4 square of outputs takes 36 products for each pair of channels in place of 144:
-`Y = A^T [(G g G^T) * (B^T d B)] A`, for the filter g and the 6x6 square d of inputs under it. Sums
-come out in another order than in the direct convolution, and a little less exact.
+By F(4x4, 3x3) each 4x4 square of outputs takes 36 products for each pair of channels in place of
+144: `Y = A^T [(G g G^T) * (B^T d B)] A`, for the filter g and the 6x6 square d of inputs under it.
+By F(4, 3) along the height alone it is half of the products, for less work around them. Sums come
+out in another order than in the direct convolution, and a little less exact.
 
 Source: Lavin and Gray, Fast algorithms for convolutional neural networks, 2016.
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 
@@ -24,57 +26,53 @@ _G = (
 )
 # Outputs and inputs of a square, along one axis.
 _OUT, _IN = 4, 6
-# Of the transformed squares of the images that are convolved together: they fit in a core's cache.
-BLOCK_BYTES = 5 * 2**19
-# Squares from which on each of the 36 products is a call of its own, and nothing has to be stacked.
-LEAST_SQUARES = 128
 Grid = Sequence[Sequence[jax.Array]]
 
 
-def transform_filter(w: jax.Array) -> jax.Array:
-    """Returns G g G^T for w [3, 3, C, D], as [36, C, D]."""
+def transform_filter(w: jax.Array) -> list[jax.Array]:
+    """Returns the 36 entries of G g G^T for w [3, 3, C, D], each [C, D]."""
     filters = _both_axes(_transform_filters, [list(row) for row in w])
-    return jnp.stack([entry for row in filters for entry in row])
+    return [entry for row in filters for entry in row]
 
 
-def convolve(x: jax.Array, filters: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
-    """Convolves x [N, H, W, C] at stride 1 with what `transform_filter` made, [36, C, D]."""
+def transform_filter_rows(w: jax.Array) -> list[jax.Array]:
+    """Returns the 6 rows of G g for w [3, 3, C, D], each a filter [1, 3, C, D]."""
+    return _transform_filters([w[i : i + 1] for i in range(3)])
+
+
+def convolve(
+    x: jax.Array, filters: Sequence[jax.Array], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """Convolves x [N, H, W, C] at stride 1 with what `transform_filter` made."""
     height, width = (size + sum(edge) - 2 for size, edge in zip(x.shape[1:3], padding, strict=True))
     rows, columns = -(-height // _OUT), -(-width // _OUT)
-    together = _images_together(x.shape[0], 4 * _IN * _IN * rows * columns * x.shape[3])
-    convolve_block = functools.partial(_convolve, filters, padding, rows, columns)
-    y = jax.lax.map(convolve_block, x.reshape(-1, together, *x.shape[1:]))
-    return y.reshape(x.shape[0], *y.shape[2:])[:, :height, :width]
-
-
-def _images_together(number: int, image_bytes: int) -> int:
-    """The largest divisor of the number of images that keeps a block in the cache."""
-    fit = max(1, BLOCK_BYTES // image_bytes)
-    return next(n for n in range(min(fit, number), 0, -1) if number % n == 0)
-
-
-def _convolve(
-    filters: jax.Array,
-    padding: Sequence[tuple[int, int]],
-    rows: int,
-    columns: int,
-    x: jax.Array,
-) -> jax.Array:
-    """All whole squares of outputs of some images, [N, 4*rows, 4*columns, D]."""
     squares = _both_axes(_transform_inputs, _squares(x, padding, rows, columns))
-    shape = x.shape[0], rows, columns, filters.shape[-1]
-    products = _products([square for row in squares for square in row], filters)
+    # Else XLA would transform a square anew in each of its products.
+    squares = jax.lax.optimization_barrier(squares)
+    products = [square @ w for square, w in zip(itertools.chain(*squares), filters, strict=True)]
     y = _both_axes(_sum_outputs, [products[i : i + _IN] for i in range(0, _IN * _IN, _IN)])
     y = jnp.stack([jnp.stack(row, 3) for row in y], 2)  # [N, rows, 4, columns, 4, D]
-    return y.reshape(x.shape[0], _OUT * rows, _OUT * columns, shape[-1])
+    return y.reshape(x.shape[0], _OUT * rows, _OUT * columns, -1)[:, :height, :width]
 
 
-def _products(squares: Sequence[jax.Array], filters: jax.Array) -> list[jax.Array]:
-    """The 36 products with the filters, one by one where each is large enough for a call."""
-    if squares[0][..., 0].size >= LEAST_SQUARES:
-        return [square @ w for square, w in zip(squares, filters, strict=True)]
-    stacked = jnp.stack([square.reshape(-1, square.shape[-1]) for square in squares])
-    return [y.reshape(*squares[0].shape[:-1], -1) for y in stacked @ filters]
+def convolve_rows(
+    x: jax.Array, filters: Sequence[jax.Array], padding: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """Convolves x [N, H, W, C] at stride 1 with what `transform_filter_rows` made."""
+    (top, bottom), sides = padding
+    height = x.shape[1] + top + bottom - 2
+    rows = -(-height // _OUT)
+    x = jnp.pad(x, ((0, 0), (top, _OUT * rows + 2 - x.shape[1] - top), sides, (0, 0)))
+    bands = _transform_inputs([x[:, i : i + _OUT * (rows - 1) + 1 : _OUT] for i in range(_IN)])
+    bands = jax.lax.optimization_barrier(bands)
+    products = [
+        jax.lax.conv_general_dilated(
+            band, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        for band, w in zip(bands, filters, strict=True)
+    ]
+    y = jnp.stack(_sum_outputs(products), 2)  # [N, rows, 4, W, D]
+    return y.reshape(x.shape[0], _OUT * rows, *y.shape[3:])[:, :height]
 
 
 def _squares(

@@ -197,8 +197,8 @@ def spiking(
         *args: arguments of `f`, arrays or `jax.ShapeDtypeStruct`s, as for `jax.make_jaxpr`.
         neuron: the neuron to use in all layers.
         fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 64 channels or
-            more and 8 pixels or larger, go through Winograd's F(4x4, 3x3). It is faster on a CPU,
-            and less exact: a few spikes may flip.
+            more and 8 pixels or larger, go through Winograd's F(4x4, 3x3) or F(4, 3). It is faster
+            on a CPU, and less exact: a few spikes may flip.
 
     Returns:
         The network: `prepare`, `init`, `step` and the list of its `layers`.

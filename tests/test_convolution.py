@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 import nadaptor
-from nadaptor import _winograd
-from nadaptor._winograd import convolve, transform_filter
+from nadaptor._winograd import (
+    convolve,
+    convolve_rows,
+    transform_filter,
+    transform_filter_rows,
+)
 
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
 LAYOUTS = pytest.mark.parametrize(
@@ -46,11 +50,13 @@ def operations(f, *args, name="conv_general_dilated", **options):
     return [op for op in net._spiking if op.primitive.name == name]
 
 
+@pytest.mark.parametrize("channels", [64, 128], ids=["along the height", "along both"])
 @LAYOUTS
-def test_winograd_equals_the_direct_convolution(dims, padding, size):
-    w, x = arguments(dims, size, 128, 128)
+def test_winograd_equals_the_direct_convolution(dims, padding, size, channels):
+    w, x = arguments(dims, size, channels, channels)
     f = network(dims, padding)
-    assert not operations(f, w, x, fast_convolution=True)
+    # F(4, 3) along the height leaves six convolutions of three columns.
+    assert len(operations(f, w, x, fast_convolution=True)) == (6 if channels == 64 else 0)
     assert len(operations(f, w, x)) == 1
     run = functools.partial(nadaptor.simulate, f, w, x, num_steps=3, steps_per_chunk=2)
     np.testing.assert_allclose(
@@ -73,29 +79,69 @@ def test_pairs_of_columns_equal_the_direct_convolution(dims, padding, size, monk
     np.testing.assert_array_equal(fast.outputs, direct.outputs)
 
 
-@pytest.mark.parametrize("block", [0, 8000, 10**6], ids=["by one", "by two", "all together"])
-@pytest.mark.parametrize("least", [1, 1000], ids=["one by one", "stacked"])
-def test_winograd_is_exact_where_its_fractions_are(monkeypatch, block, least):
+@pytest.mark.parametrize(
+    ("dims", "padding", "size"),
+    [
+        (NHWC, ((1, 1), (1, 1)), (4, 4)),
+        (NHWC, ((2, 0), (1, 2)), (3, 4)),
+        (NCHW, ((1, 1), (1, 1)), (1, 1)),
+        (("NHWC", "OIHW", "NCHW"), ((2, 2), (0, 3)), (2, 5)),
+    ],
+)
+def test_small_images_by_position_equal_the_direct_convolution(dims, padding, size, monkeypatch):
+    # Halves, quarters: the sums are exact in whatever order.
+    w, x = (jnp.round(4 * a) / 4 for a in arguments(dims, size, 128, 128))
+    f = network(dims, padding)
+    assert len(operations(f, w, x, name="dot_general")) == 9
+    fast = nadaptor.simulate(f, w, x, num_steps=3, steps_per_chunk=2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert len(operations(f, w, x)) == 1
+    direct = nadaptor.simulate(f, w, x, num_steps=3, steps_per_chunk=2)
+    np.testing.assert_array_equal(fast.outputs, direct.outputs)
+
+
+@pytest.mark.parametrize(
+    ("run", "transform"),
+    [(convolve, transform_filter), (convolve_rows, transform_filter_rows)],
+    ids=["along both", "along the height"],
+)
+def test_winograd_is_exact_where_its_fractions_are(run, transform):
     """G has sixths and 24ths: with weights that are multiples of 576, all sums are integers."""
     rng = np.random.default_rng(0)
     w = 576.0 * rng.integers(-2, 3, (3, 3, 2, 3)).astype(np.float32)
     x = rng.integers(0, 2, (4, 9, 6, 2)).astype(np.float32)
-    monkeypatch.setattr(_winograd, "BLOCK_BYTES", block)
-    monkeypatch.setattr(_winograd, "LEAST_SQUARES", least)
     direct = jax.lax.conv_general_dilated(
         x, w, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    filters = jnp.round(transform_filter(jnp.asarray(w)))
-    np.testing.assert_array_equal(convolve(jnp.asarray(x), filters, ((1, 1), (1, 1))), direct)
+    filters = [jnp.round(entry) for entry in transform(jnp.asarray(w))]
+    np.testing.assert_array_equal(run(jnp.asarray(x), filters, ((1, 1), (1, 1))), direct)
+
+
+@pytest.mark.parametrize(("size", "channels"), [(8, 64), (8, 128), (4, 128)])
+def test_gradients_pass_through_the_faster_convolutions(size, channels, monkeypatch):
+    w, x = arguments(NHWC, (size, size), channels, channels)
+    f = network(NHWC, ((1, 1), (1, 1)))
+    neuron = nadaptor.IntegrateAndFire(surrogate=lambda distance: jnp.exp(-(distance**2)))
+
+    def loss(w, x):
+        sim = nadaptor.simulate(f, w, x, num_steps=2, neuron=neuron, fast_convolution=True)
+        return (sim.outputs**2).mean()
+
+    fast = jax.grad(loss, (0, 1))(w, x)
+    monkeypatch.setattr("nadaptor.transformation.faster", lambda *_: None)
+    direct = jax.grad(loss, (0, 1))(w, x)
+    for a, b in zip(fast, direct, strict=True):
+        assert jnp.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-4 * jnp.abs(b).max())
 
 
 def test_filters_are_transformed_once():
     x, w = jnp.ones((1, 8, 8, 128)), jnp.ones((3, 3, 128, 128))
     f = network(NHWC, ((1, 1), (1, 1)))
     net = nadaptor.spiking(f, w, x, fast_convolution=True)
-    assert any(p.shape == (36, 128, 128) for p in net.prepare(w, x))
-    # The products of all squares, and no transform of a filter.
-    assert len(operations(f, w, x, name="dot_general", fast_convolution=True)) == 1
+    assert sum(p.shape == (128, 128) for p in net.prepare(w, x)) == 36
+    # The products of the squares, and no transform of a filter.
+    assert len(operations(f, w, x, name="dot_general", fast_convolution=True)) == 36
 
 
 @pytest.mark.parametrize(
