@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from nadaptor.training import simulate_checkpoint, write_report
-from nadaptor.training.doors import run_door
+from nadaptor.training.doors import run_door, use_every_core
 from nadaptor.training.inference import CorrectionName, get_inference
 
 
@@ -40,4 +40,5 @@ def main(
 
 
 if __name__ == "__main__":
+    use_every_core()
     run_door(lambda: tyro.cli(main))

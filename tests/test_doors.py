@@ -1,6 +1,9 @@
 import dataclasses
+import os
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -169,3 +172,26 @@ def test_a_door_keeps_what_it_compiles_where_the_user_says(users, monkeypatch, t
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def test_simulating_uses_every_core_or_what_the_user_says():
+    script = (
+        "from nadaptor.training.doors import use_every_core; use_every_core();"
+        "import jax, os; print(len(jax.devices()), len(os.sched_getaffinity(0)))"
+    )
+
+    def devices(**environment):
+        kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**kept, **environment},
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        return [int(number) for number in done.stdout.split()]
+
+    used, cores = devices()
+    assert used == cores
+    assert devices(XLA_FLAGS="--xla_force_host_platform_device_count=3")[0] == 3

@@ -54,6 +54,16 @@ def run_door(main: Callable[[], object]) -> None:
         _exit(error, 2)
 
 
+def use_every_core() -> None:
+    """Gives jax a CPU device for each core, where XLA_FLAGS do not say how many.
+
+    XLA does not share operations as small as a simulator's among cores; a device for each simulates
+    images of its own. Call it before jax is first used.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", _cores())
+
+
 def parse_run(description: str) -> Run:
     """Reads a config's name and what overrides it from the command line.
 
@@ -107,6 +117,11 @@ def _keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "nadaptor" / "xla"))
         # Small networks are a hundred programs of less than a second, jax's own limit.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _cores() -> int:
+    # Not every system can bind a process to some of its cores.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _exit(error: Exception, code: int) -> None:

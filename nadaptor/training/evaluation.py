@@ -53,18 +53,21 @@ def snn_accuracy(
     variables: Any,
     split: Split,
     num_steps: int,
-    steps_per_chunk: int = 1,
+    steps_per_chunk: int | None = None,
     inference: Inference = PLAIN,
     confidences: Sequence[float] = (),
 ) -> SpikingAccuracy:
     """Returns the accuracy of the spiking network at every t up to T, from one run.
 
+    The images are simulated on all local devices, equal parts of a batch on each.
+
     Args:
-        model: the folded network with quantized activations.
+        model: the folded network with quantized activations, which treats images independently.
         variables: its variables.
         split: images and labels.
         num_steps: T.
-        steps_per_chunk: time steps folded into one evaluation; see `nadaptor.simulate`.
+        steps_per_chunk: time steps folded into one evaluation; None for what suits the machine. See
+            `nadaptor.simulate`.
         inference: the neuron and the correction.
         confidences: softmax confidences at which to stop an image early, one row of `early_exit`
             each; see `nadaptor.exits.early_exit`. Its `mean_steps` are counted steps.
@@ -79,7 +82,7 @@ def snn_accuracy(
     right, spikes = np.zeros(num_steps, np.int64), 0.0
     stops = np.asarray(confidences, np.float32)
     exits = np.zeros((2, len(stops)), np.int64)
-    for images, labels in _batches(split):
+    for images, labels in _batches(split, jax.local_device_count()):
         hits, counts, stopped = _simulate_batch(
             model,
             variables,
@@ -104,9 +107,12 @@ def snn_accuracy(
     return SpikingAccuracy((right / len(split.labels)).tolist(), named, rows)
 
 
-def _batches(split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one size, so that one compiled program serves all; a label of -1 is padding."""
-    size = min(BATCH_SIZE, len(split.labels))
+def _batches(split: Split, parts: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one size, so that one compiled program serves all; a label of -1 is padding.
+
+    They divide into equal parts.
+    """
+    size = parts * -(-min(BATCH_SIZE, len(split.labels)) // parts)
     for start in range(0, len(split.labels), size):
         images, labels = (x[start : start + size] for x in split)
         missing = size - len(labels)
@@ -133,7 +139,7 @@ def _simulate_batch(
     confidences: jax.Array,
     *,
     num_steps: int,
-    steps_per_chunk: int,
+    steps_per_chunk: int | None,
     inference: Inference,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over the images with a label: right at every t, spikes, right and steps at each exit."""
@@ -145,6 +151,8 @@ def _simulate_batch(
         steps_per_chunk=steps_per_chunk,
         neuron=inference.neuron,
         correction=inference.correction,
+        in_axes=(None, 0),
+        devices=None if jax.local_device_count() == 1 else jax.local_devices(),
     )
     real = labels >= 0
     spikes = [jnp.einsum("b...,b->", n.astype(jnp.float32), real) for n in sim.spike_counts]

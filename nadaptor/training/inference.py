@@ -1,12 +1,23 @@
 """How a converted network is run: the corrections by name, as the command line and the study do."""
 
-from typing import Literal, NamedTuple, get_args
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp
 from nadaptor.neurons import Neuron
 from nadaptor.simulation import Correction
 
-CorrectionName = Literal["none", "negative-spikes", "offset-spikes", "srp"]
+CorrectionName = Literal[
+    "none", "negative-spikes", "offset-spikes", "offset-spikes-published", "srp"
+]
+# Those with a first stage. The authors' code of offset spikes starts a neuron that fired at every
+# step about a thousand thresholds high; the other reading caps that at one.
+TWO_STAGES: Mapping[str, Callable[[int], Any]] = {
+    "offset-spikes": OffsetSpikes,
+    "offset-spikes-published": functools.partial(OffsetSpikes, saturated="published"),
+    "srp": Srp,
+}
 CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
 
 
@@ -41,8 +52,7 @@ def get_inference(name: CorrectionName, num_steps: int = 4) -> Inference:
     if name not in CORRECTIONS:
         raise ValueError(f"unknown correction {name!r}; there are {', '.join(CORRECTIONS)}")
     neuron = SignedIntegrateAndFire() if name == "negative-spikes" else IntegrateAndFire()
-    makers = {"offset-spikes": OffsetSpikes, "srp": Srp}
-    return Inference(neuron, makers[name](num_steps) if name in makers else None)
+    return Inference(neuron, TWO_STAGES[name](num_steps) if name in TWO_STAGES else None)
 
 
 PLAIN = get_inference("none")

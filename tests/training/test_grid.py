@@ -165,7 +165,7 @@ def test_counts_below_one_are_refused(tmp_path, field):
 @pytest.mark.parametrize("name", CORRECTIONS)
 def test_only_the_two_stage_corrections_spend_steps(name):
     spent = get_inference(name, 6).total_steps(10) - 10
-    assert spent == (6 if name in ("offset-spikes", "srp") else 0)
+    assert spent == (0 if name in ("none", "negative-spikes") else 6)
 
 
 def test_an_unknown_correction_is_refused():

@@ -56,6 +56,7 @@ def test_offset_spikes_help_a_trained_network_at_T_equal_rho(runs):
         return float(jnp.abs(jax.jit(run)(variables, images).outputs[-1] - ann).mean())
 
     assert error("offset-spikes") < 0.5 * error("none")
+    assert error("offset-spikes-published") < 0.5 * error("none")
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("digits_")])
