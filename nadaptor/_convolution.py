@@ -27,7 +27,7 @@ from nadaptor._winograd import (
 # Measured with jax 0.10 on AVX-512: into at most so many channels XLA's convolution is slow; and
 # from and into so many at least, Winograd's transforms cost less than they save, along the height
 # or along both axes.
-MOST_NARROW, LEAST_NARROW_INPUTS, LEAST_WINOGRAD, LEAST_WINOGRAD_BOTH = 16, 8, 64, 128
+MOST_NARROW, LEAST_NARROW_INPUTS, LEAST_WINOGRAD, LEAST_WINOGRAD_BOTH = 16, 8, 32, 128
 # In smaller images each transformed filter, four times as large, serves too few squares.
 LEAST_WINOGRAD_SIZE = 8
 # Channels from which on, and the share of a filter's products with pixels up to which, it pays not

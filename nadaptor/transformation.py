@@ -196,7 +196,7 @@ def spiking(
         f: any JAX function, with any pytrees of arrays as arguments and result.
         *args: arguments of `f`, arrays or `jax.ShapeDtypeStruct`s, as for `jax.make_jaxpr`.
         neuron: the neuron to use in all layers.
-        fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 64 channels or
+        fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 32 channels or
             more and 8 pixels or larger, go through Winograd's F(4x4, 3x3) or F(4, 3). It is faster
             on a CPU, and less exact: a few spikes may flip.
 
