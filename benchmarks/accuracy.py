@@ -1,11 +1,13 @@
 """What the fast convolution does to results: predictions that change, and the accuracy.
 
 `python -m benchmarks.accuracy --data-dir DIR` simulates test images of CIFAR-10 with the direct and
-with the fast convolution, on trained weights, and compares them at some numbers of steps.
+with the fast convolution, on trained weights, and compares them at some numbers of steps: on the
+networks of the other benchmarks, whose thresholds at the maximum need many steps, or with `--snn`
+on one that `convert.py` wrote.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ import numpy as np
 
 from benchmarks.competitors import compile_simulator
 from benchmarks.networks import Network, load
+from benchmarks.simulator import read
+from nadaptor.training.conversion import load_snn
 from nadaptor.training.doors import use_every_core
 from nadaptor.training.files import markdown, write_csv
 from nadaptor.training.provenance import machine
+from nadaptor.training.run import config_split
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 100
@@ -28,6 +33,8 @@ class Options:
 
     # Folder with tfds/cifar10 and weights/resnet20-12fca82f.th.
     data_dir: Path
+    # A network trained on CIFAR-10, as convert.py wrote it, in place of the benchmarks' two.
+    snn: Path | None = None
     # Test images, a multiple of 100.
     images: int = 2000
     # Folder of the results.
@@ -35,16 +42,18 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Compares both networks, prints the table and writes accuracy.csv."""
+    """Compares the networks, prints the table and adds to accuracy.csv."""
     use_every_core()
     rows: list[dict[str, Any]] = []
-    for name in ("resnet18", "resnet20"):
-        network = load(name, options.data_dir, options.images)
+    for name, network in _networks(options):
         kinds = {"direct": False, "fast": True}
         classes = {k: predictions(network, fast_convolution=v) for k, v in kinds.items()}
         rows += [compare(name, network.labels, t, classes) for t in STEPS]
     print(markdown([{name: str(value) for name, value in row.items()} for row in rows]))
-    write_csv(options.out / "accuracy.csv", rows)
+    table = options.out / "accuracy.csv"
+    names = {row["network"] for row in rows}
+    before = [row for row in read(table) if row["network"] not in names] if table.exists() else []
+    write_csv(table, before + rows)
 
 
 def compare(
@@ -64,6 +73,16 @@ def predictions(network: Network, **options: Any) -> np.ndarray:
     compiled = compile_simulator(network, images[0], max(STEPS), **options)
     batches = [np.asarray(compiled(network.variables, batch)).argmax(-1) for batch in images]
     return np.concatenate(batches, 1)
+
+
+def _networks(options: Options) -> Iterator[tuple[str, Network]]:
+    if options.snn is None:
+        for name in ("resnet18", "resnet20"):
+            yield name, load(name, options.data_dir, options.images)
+        return
+    model, variables, config = load_snn(options.snn)
+    split = config_split(config, "test", options.data_dir, options.images)
+    yield f"{config.model} {config.name}", Network(model, variables, *split)
 
 
 if __name__ == "__main__":
