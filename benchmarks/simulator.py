@@ -11,18 +11,17 @@ import csv
 import dataclasses
 import functools
 import importlib.metadata
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from benchmarks.competitors import competitors, compile_simulator
 from benchmarks.networks import Network, accuracy, load
 from benchmarks.timing import fastest, in_turn, median, ratio
+from nadaptor.training.doors import use_every_core
 from nadaptor.training.files import write_csv, write_json
 from nadaptor.training.provenance import machine
 
@@ -66,7 +65,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Times the cells that are not in the table yet, and prints the machine-readable line."""
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    use_every_core()
     get = functools.cache(lambda name: _load(name, options))
     quick = [Cell(machine(), "resnet18", 32, 4), Cell(machine(), "resnet20", 32, 16)]
     table, start = options.out / "simulator.csv", time.monotonic()

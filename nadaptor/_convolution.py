@@ -140,12 +140,12 @@ def by_position(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     """A product for each of the filter's nine positions, with the pixels that it meets alone."""
     outputs = [size + sum(edge) - 2 for size, edge in zip(x.shape[1:3], padding, strict=True)]
     rows, columns = (_spans(*both) for both in zip(outputs, padding, strict=True))
+    (top, _), (left, _) = padding
     products = [
         jnp.pad(
             x[:, i + a - top : i + b - top, j + c - left : j + d - left] @ w[i, j],
             ((0, 0), (a, outputs[0] - b), (c, outputs[1] - d), (0, 0)),
         )
-        for (top, _), (left, _) in [padding]
         for i, (a, b) in enumerate(rows)
         for j, (c, d) in enumerate(columns)
     ]
