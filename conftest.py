@@ -1,9 +1,13 @@
 import os
+import pathlib
 
 # Before jax is first imported: pmap and shard_map are tested on virtual devices.
 FLAG = "--xla_force_host_platform_device_count"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The commands keep what they compile in the user's cache; tests leave it alone.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# What tests compile is kept for the next run, beside this file: most of their time is compilation.
+CACHE = pathlib.Path(__file__).parent / ".cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import tyro
 
+from nadaptor.cli.command import run_door
+from nadaptor.conversion.calibrate import CalibrationOptions, RuleName, convert_calibrated
 from nadaptor.training import convert
-from nadaptor.training.calibrated import CalibrationOptions, RuleName, convert_calibrated
-from nadaptor.training.doors import run_door
 
 
 def main(

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nadaptor.cli.command import run_door, use_every_core
+from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.training import simulate_checkpoint, write_report
-from nadaptor.training.doors import run_door, use_every_core
-from nadaptor.training.inference import CorrectionName, get_inference
 
 
 def main(

@@ -16,11 +16,12 @@ import numpy as np
 from benchmarks.competitors import compile_simulator
 from benchmarks.networks import Network, load
 from benchmarks.simulator import read
-from nadaptor.training.conversion import load_snn
-from nadaptor.training.doors import use_every_core
-from nadaptor.training.files import markdown, write_csv
-from nadaptor.training.provenance import machine
-from nadaptor.training.run import config_split
+from nadaptor._files import write_csv
+from nadaptor._provenance import machine
+from nadaptor.cli.command import use_every_core
+from nadaptor.configs.build import config_split
+from nadaptor.conversion.convert import load_snn
+from nadaptor.reports.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 100

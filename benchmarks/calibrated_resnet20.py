@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nadaptor import simulate
+from nadaptor._files import write_csv
+from nadaptor.conversion.calibrate import CalibrationOptions, calibrate_resnet
 from nadaptor.interop.pretrained import load_pretrained
 from nadaptor.models import ClippedRelu, create, fold_batch_norm
-from nadaptor.training.calibrated import CalibrationOptions, calibrate_resnet
-from nadaptor.training.files import write_csv
 
 # The normalisation with which the weights were trained.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

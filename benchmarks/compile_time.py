@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 
 import nadaptor
+from nadaptor._files import write_csv, write_json
+from nadaptor._provenance import machine
 from nadaptor.models import Lsq, create, fold_batch_norm
 from nadaptor.neurons import triangle
-from nadaptor.training.files import markdown, write_csv, write_json
-from nadaptor.training.provenance import machine
+from nadaptor.reports.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20

@@ -16,15 +16,16 @@ from typing import Any
 import jax
 
 from benchmarks.timing import compiled, in_turn, median, ratio
-from nadaptor._convolution import by_position, in_pairs
-from nadaptor._winograd import (
+from nadaptor._execution.convolution import by_position, in_pairs
+from nadaptor._execution.winograd import (
     convolve,
     convolve_rows,
     transform_filter,
     transform_filter_rows,
 )
-from nadaptor.training.files import markdown, write_csv
-from nadaptor.training.provenance import machine
+from nadaptor._files import write_csv
+from nadaptor._provenance import machine
+from nadaptor.reports.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 PADDING = ((1, 1), (1, 1))

@@ -17,9 +17,10 @@ import numpy as np
 
 import nadaptor
 from benchmarks.timing import in_turn, median
+from nadaptor._files import write_csv
+from nadaptor._provenance import machine
 from nadaptor.models import Lsq, Relu, ResNet, create, fold_batch_norm, start_scales
-from nadaptor.training.files import markdown, write_csv
-from nadaptor.training.provenance import machine
+from nadaptor.reports.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -23,12 +23,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.timing import in_turn, median, ratio
-from nadaptor.training.crops import NUM_DRAWS, random_box
-from nadaptor.training.data import open_source
-from nadaptor.training.files import write_csv, write_json
-from nadaptor.training.pipeline import batches
-from nadaptor.training.provenance import machine
-from nadaptor.training.source import PHOTOGRAPHS, Source, normalize
+from nadaptor._files import write_csv, write_json
+from nadaptor._provenance import machine
+from nadaptor.data.crops import NUM_DRAWS, random_box
+from nadaptor.data.loader import batches
+from nadaptor.data.registry import open_source
+from nadaptor.data.source import PHOTOGRAPHS, Source, normalize
 
 RESULTS = Path(__file__).parent / "results"
 ENLARGED = (500, 375)

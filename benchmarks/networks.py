@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nadaptor.checkpoints.checkpoint import load_checkpoint
+from nadaptor.data.source import PHOTOGRAPHS
 from nadaptor.interop import load_pretrained
 from nadaptor.models import ClippedRelu, ResNet, create, fold_batch_norm, start_scales
 from nadaptor.training import get_config, train
-from nadaptor.training.checkpoints import load_checkpoint
 from nadaptor.training.options import Options
-from nadaptor.training.source import PHOTOGRAPHS
 
 CALIBRATION = 200
 # Git ignores it: the ResNet-18 is trained where it is not there.

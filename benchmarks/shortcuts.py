@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import nadaptor
 from benchmarks.networks import Network, load
 from benchmarks.timing import compiled, in_turn, median, ratio
-from nadaptor.exits import early_exit, simulate_until_sure
+from nadaptor._files import write_csv, write_json
+from nadaptor._provenance import provenance
+from nadaptor.early_exit import early_exit, simulate_until_sure
+from nadaptor.reports.tables import markdown
 from nadaptor.simulation import run_chunk, start_carry
-from nadaptor.training.files import markdown, write_csv, write_json
-from nadaptor.training.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -21,9 +21,9 @@ import numpy as np
 from benchmarks.competitors import competitors, compile_simulator
 from benchmarks.networks import Network, accuracy, load
 from benchmarks.timing import fastest, in_turn, median, ratio
-from nadaptor.training.doors import use_every_core
-from nadaptor.training.files import write_csv, write_json
-from nadaptor.training.provenance import machine
+from nadaptor._files import write_csv, write_json
+from nadaptor._provenance import machine
+from nadaptor.cli.command import use_every_core
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "torch", "spikingjelly")

@@ -16,13 +16,15 @@ import jax
 import numpy as np
 
 from benchmarks.timing import in_turn, median, ratio
+from nadaptor._files import write_csv, write_json
+from nadaptor._provenance import machine
+from nadaptor.configs.build import build_model, build_optimizer
+from nadaptor.configs.config import Activation, Config, Dtype, Prng
+from nadaptor.data.registry import get_spec
+from nadaptor.reports.tables import markdown
 from nadaptor.training import get_config
-from nadaptor.training.config import Activation, Config, Dtype, Prng
-from nadaptor.training.data import get_spec
-from nadaptor.training.files import markdown, write_csv, write_json
-from nadaptor.training.provenance import machine
 from nadaptor.training.state import init_state
-from nadaptor.training.step import build_model, build_optimizer, build_step
+from nadaptor.training.step import build_step
 
 RESULTS = Path(__file__).parent / "results"
 BASE = get_config("digits_na")  # p = 2, threefry2x32

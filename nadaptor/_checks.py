@@ -3,7 +3,10 @@
 Values are checked only where they are concrete: a traced array has a shape and a dtype, no value.
 """
 
+import difflib
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.core
@@ -92,3 +95,21 @@ def check_positive(scale: jax.Array, name: str) -> jax.Array:
 def _brief(value: object) -> str:
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     return f"{dtype}{list(shape)}" if shape is not None else repr(value)
+
+
+def check_name(name: str, known: Mapping[str, Any], what: str) -> str:
+    """Returns `name`, a key of `known`.
+
+    Raises:
+        ValueError: it is not; the message suggests the nearest, or lists all.
+
+    Example:
+        >>> check_name("digit_na", {"digits_na": 1, "digits_relu": 2}, "config")
+        Traceback (most recent call last):
+        ValueError: unknown config 'digit_na'; did you mean 'digits_na'?
+    """
+    if name in known:
+        return name
+    close = difflib.get_close_matches(name, known, n=1)
+    remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
+    raise ValueError(f"unknown {what} {name!r}; {remedy}")

@@ -95,7 +95,7 @@ def layer_errors(
 
 def analog_activations(
     net: SpikingNetwork, prepared: Prepared, reference: Reference = "clipped"
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Evaluates a network once, with its activations in place of neurons.
 
     Args:
@@ -106,15 +106,13 @@ def analog_activations(
     Returns:
         Each layer's activations, in units of its scale.
     """
-    seen: list[jax.Array] = []
 
-    def fire(i: int, x: jax.Array) -> jax.Array:
+    def activate(i: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         clipped = jnp.clip(x, 0, net.layers[i].levels)
-        seen.append(round_half_up(clipped) if reference == "rounded" else clipped)
-        return seen[-1]
+        a = round_half_up(clipped) if reference == "rounded" else clipped
+        return a, a
 
-    net.propagate(prepared, fire)
-    return seen
+    return net.propagate(prepared, activate)[0]
 
 
 def _rates(
@@ -126,16 +124,12 @@ def _rates(
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         state, totals = carry
-        outs, new = [], []
 
-        def fire(i: int, x: jax.Array) -> jax.Array:
+        def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
             after, out = net.neuron.step(state[i], x, net.layers[i].levels)
-            new.append(after)
-            outs.append(out)
-            return out
+            return (after, totals[i] + out), out
 
-        net.propagate(prepared, fire)
-        return (tuple(new), tuple(a + b for a, b in zip(totals, outs, strict=True))), None
+        return tuple(zip(*net.propagate(prepared, fire)[0], strict=True)), None
 
     (_, totals), _ = jax.lax.scan(step, (state, totals), length=num_steps)
     pairs = zip(totals, net.layers, strict=True)

@@ -26,6 +26,7 @@ from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 Rule = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 """Maps activations >= 0 and the axes to reduce (kept, with length 1) to a threshold."""
 
+Pair = tuple[jax.Array, jax.Array]
 _SMALLEST = 1e-6
 
 
@@ -220,9 +221,8 @@ def calibrate_biases(
     Source: Li et al., A free lunch from ANN, 2021 (light pipeline).
     """
 
-    def adjust(missing: jax.Array, i: int, current: Calibration) -> Calibration:
-        mean = missing.mean(_other_axes(missing, channel_axis), keepdims=True)
-        return current._replace(biases=_put(current.biases, i, current.biases[i] + mean))
+    def adjust(missing: jax.Array, start: jax.Array, bias: jax.Array) -> Pair:
+        return start, bias + missing.mean(_other_axes(missing, channel_axis), keepdims=True)
 
     return _layer_by_layer(f, args, calibration, num_steps, adjust)
 
@@ -264,9 +264,8 @@ def calibrate_potentials(
     Source: Li et al., A free lunch from ANN, 2021.
     """
 
-    def adjust(missing: jax.Array, i: int, current: Calibration) -> Calibration:
-        mean = num_steps * missing.mean(batch_axis, keepdims=True)
-        return current._replace(starts=_put(current.starts, i, current.starts[i] + mean))
+    def adjust(missing: jax.Array, start: jax.Array, bias: jax.Array) -> Pair:
+        return start + num_steps * missing.mean(batch_axis, keepdims=True), bias
 
     return _layer_by_layer(f, args, calibration, num_steps, adjust)
 
@@ -300,16 +299,13 @@ def shift_biases(calibration: Calibration, num_steps: int) -> Calibration:
     )
 
 
-def _relu_activations(net: SpikingNetwork, prepared: Prepared) -> list[jax.Array]:
+def _relu_activations(net: SpikingNetwork, prepared: Prepared) -> tuple[jax.Array, ...]:
     """Each layer's activations with max(x, 0) in place of neurons, in units of its scale."""
-    seen: list[jax.Array] = []
 
-    def fire(i: int, x: jax.Array) -> jax.Array:
-        seen.append(jnp.maximum(x, 0))
-        return seen[-1]
+    def activate(i: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (a := jnp.maximum(x, 0)), a
 
-    net.propagate(prepared, fire)
-    return seen
+    return net.propagate(prepared, activate)[0]
 
 
 def _layer_by_layer(
@@ -317,33 +313,27 @@ def _layer_by_layer(
     args: tuple[Any, ...],
     calibration: Calibration,
     num_steps: int,
-    adjust: Callable[[jax.Array, int, Calibration], Calibration],
+    adjust: Callable[[jax.Array, jax.Array, jax.Array], Pair],
 ) -> Calibration:
     """Runs T steps of each layer, adjusts it by mean(ANN) - mean(SNN), and passes on its spikes."""
     steps = check_count(num_steps, "num_steps")
     net = spiking(f, *args)
     prepared = net.prepare(*args)
     wanted = _relu_activations(net, prepared)
-    current = calibration
 
-    def run(i: int, x: jax.Array) -> jax.Array:
-        layer, threshold = net.layers[i], current.thresholds[i]
-        state = net.neuron.init(layer.shape, threshold, current.starts[i])
-        currents = x + current.biases[i]
-        return jax.lax.scan(lambda s, c: net.neuron.step(s, c, threshold), state, currents)[1]
+    def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
+        threshold, *found = (values[i] for values in calibration)
 
-    def fire(i: int, x: jax.Array) -> jax.Array:
-        nonlocal current
-        current = adjust(wanted[i] - run(i, x).mean(0), i, current)
-        return run(i, x)
+        def run(start: jax.Array, bias: jax.Array) -> jax.Array:
+            state = net.neuron.init(net.layers[i].shape, threshold, start)
+            return jax.lax.scan(lambda s, c: net.neuron.step(s, c, threshold), state, x + bias)[1]
 
-    net.propagate(prepared, fire, steps=steps)
-    return current
+        adjusted = adjust(wanted[i] - run(*found).mean(0), *found)
+        return (threshold, *adjusted), run(*adjusted)
+
+    kept, _ = net.propagate(prepared, fire, steps=steps)
+    return Calibration(*zip(*kept, strict=True))
 
 
 def _other_axes(x: jax.Array, axis: int | None) -> tuple[int, ...]:
     return tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
-
-
-def _put(values: tuple[jax.Array, ...], i: int, value: jax.Array) -> tuple[jax.Array, ...]:
-    return (*values[:i], value, *values[i + 1 :])

@@ -68,20 +68,17 @@ class OffsetSpikes:
 
     def start(self, net: SpikingNetwork, prepared: Prepared) -> tuple[State, ...]:
         """Returns the corrected start state of every layer."""
-        state: list[State] = []
         neuron = IntegrateAndFire()
 
-        def fire(i: int, x: jax.Array) -> jax.Array:
+        def fire(i: int, x: jax.Array) -> tuple[State, jax.Array]:
             layer = net.layers[i]
             begin = neuron.init(layer.shape, layer.levels, layer.start)
             begin = place_like(begin, jax.typeof(x))
             corrected = begin + layer.levels * self._shift(_observe(begin, x, layer.levels))
-            state.append(net.neuron.init(layer.shape, layer.levels, corrected))
             _, out = jax.lax.scan(lambda u, c: neuron.step(u, c, layer.levels), corrected, x)
-            return out
+            return net.neuron.init(layer.shape, layer.levels, corrected), out
 
-        net.propagate(prepared, fire, steps=self.num_steps)
-        return tuple(state)
+        return net.propagate(prepared, fire, steps=self.num_steps)[0]
 
     def _shift(self, seen: _Record) -> jax.Array:
         # A neuron that was never silent has no m-: 0.001 makes its shift 1.

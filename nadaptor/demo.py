@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from nadaptor._files import write_csv, write_json
+from nadaptor.checkpoints.checkpoint import versions
+from nadaptor.cli.command import run_door
+from nadaptor.reports.plots import Curve, plot_accuracy
+from nadaptor.reports.tables import markdown
 from nadaptor.training import convert, get_config, simulate_checkpoint, train
-from nadaptor.training.checkpoints import versions
-from nadaptor.training.doors import run_door
-from nadaptor.training.files import markdown, write_csv, write_json
-from nadaptor.training.reports import Curve, plot_accuracy
 
 ROWS: Mapping[str, str] = {"without": "digits_lsq", "with": "digits_na"}
 STEPS = (1, 2, 4, 8, 16, 32)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-from nadaptor.training.doors import run_door
+from nadaptor.cli.command import run_door
 from nadaptor.training.finetuning import FineTuning, digits_na_finetuned, fine_tune
 
 DEFAULT = digits_na_finetuned()

@@ -6,7 +6,6 @@ ties up, and with the same rule the quantized and the spiking network agree exac
 """
 
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nadaptor._checks import check_key, check_levels, check_positive
-from nadaptor._marks import Activation, Mark, apply_activation, decode, encode
+from nadaptor._jaxpr.marks import Activation, Mark, apply_activation, decode, encode
 from nadaptor._noise import uniform_noise
 
 GradientMode = Literal["paper", "exact"]
@@ -217,71 +216,55 @@ def round_half_up(x: jax.Array) -> jax.Array:
 
 @functools.cache
 def _lsq(levels: int) -> Activation:
-    def residual(x, noisy):
-        return encode(x <= 0, x >= levels, round_half_up(x) - x)
+    def forward(x, key):
+        q = round_half_up(jnp.clip(x, 0, levels))
+        return q, encode(x <= 0, x >= levels, round_half_up(x) - x)
 
-    return Activation(_mark(levels), _noiseless, _round(levels), residual, decode(levels))
+    return Activation(Mark(levels, levels / 2), forward, decode(levels))
 
 
 @functools.cache
 def _noise_adaptor(levels: int, amplitude: float, gradient: str) -> Activation:
-    def perturb(x, key):
-        return x + uniform_noise(key, x.shape, amplitude).astype(x.dtype)
+    def forward(x, key):
+        noisy = x + uniform_noise(key, x.shape, amplitude).astype(x.dtype)
+        q = round_half_up(jnp.clip(noisy, 0, levels))  # Eq. 7
+        inside = round_half_up(noisy) - (noisy if gradient == "paper" else x)  # Eq. 10
+        return q, encode(noisy <= 0, noisy >= levels, inside)
 
-    def residual(x, noisy):
-        reference = noisy if gradient == "paper" else x
-        return encode(noisy <= 0, noisy >= levels, round_half_up(noisy) - reference)
-
-    return Activation(_mark(levels), perturb, _round(levels), residual, decode(levels))
+    return Activation(Mark(levels, levels / 2), forward, decode(levels))
 
 
 @functools.cache
 def _clipped_relu() -> Activation:
-    def forward(x):
-        return jnp.clip(x, 0, 1)
+    def forward(x, key):
+        return jnp.clip(x, 0, 1), encode(x <= 0, x >= 1, jnp.zeros_like(x))
 
-    def residual(x, noisy):
-        return encode(x <= 0, x >= 1, jnp.zeros_like(x))
-
-    return Activation(_mark(1), _noiseless, forward, residual, decode(1))
-
-
-def _mark(levels: int) -> Mark:
-    return Mark(levels, levels / 2)
-
-
-def _noiseless(x: jax.Array, key: None) -> jax.Array:
-    return x
-
-
-@functools.cache
-def _round(levels: int) -> Callable[[jax.Array], jax.Array]:
-    return lambda x: round_half_up(jnp.clip(x, 0, levels))
+    return Activation(Mark(1, 0.5), forward, decode(1))
 
 
 @functools.cache
 def _qcfs(levels: int, clip: str) -> Activation:
-    def residual(x, noisy):
+    def forward(x, key):
         rounded = round_half_up(x)
         edges = (x < 0, x > levels) if clip == "first" else (rounded < 0, rounded > levels)
-        return encode(*edges, jnp.clip(rounded, 0, levels) - x)
+        q = jnp.clip(rounded, 0, levels)
+        return q, encode(*edges, q - x)
 
-    return Activation(_mark(levels), _noiseless, _round(levels), residual, decode(levels))
+    return Activation(Mark(levels, levels / 2), forward, decode(levels))
 
 
 @functools.cache
 def _slip_relu(levels: int, slope: float, shift: float, floor_shift: float) -> Activation:
-    def forward(x):
+    def value(x):
         linear = jnp.clip(x + shift, 0, levels)
         return slope * linear + (1 - slope) * jnp.clip(jnp.floor(x + floor_shift), 0, levels)
 
     def slopes(x):
         linear, floored = x + shift, jnp.floor(x + floor_shift)
         dv = slope * _within(linear, levels) + (1 - slope) * _within(floored, levels)
-        return dv, forward(x) - x * dv
+        return dv, value(x) - x * dv
 
-    mark = Mark(levels, floor_shift * levels)
-    return Activation(mark, _noiseless, forward, lambda x, noisy: x, slopes)
+    return Activation(Mark(levels, floor_shift * levels), lambda x, key: (value(x), x), slopes)
 
 
 def _within(x: jax.Array, levels: int) -> jax.Array:

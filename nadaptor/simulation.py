@@ -7,16 +7,18 @@ grows with K and not with the number of steps.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
-from nadaptor._shards import in_shards
-from nadaptor._tiles import choose, examples, in_tiles, merge
+from nadaptor._execution.shards import in_shards
+from nadaptor._execution.tiles import SHARED, batch_axis, choose, examples, in_tiles, merge
 from nadaptor.neurons import IntegrateAndFire, Neuron, State
 from nadaptor.transformation import Prepared, SpikingNetwork, place_like, spiking
+
+R = TypeVar("R")
 
 
 class Correction(Protocol):
@@ -116,26 +118,32 @@ def simulate(
 
     convert = functools.partial(spiking, f, neuron=neuron, fast_convolution=fast_convolution)
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
-    if devices is None:
-        return run_in_tiles(run, convert, args, in_axes, sizes)
-    _check_independent("devices", list(devices), in_axes)
+
+    def out_axes(whole: SpikingNetwork, part: SpikingNetwork) -> Any:
+        pairs = zip(part.layers, whole.layers, strict=True)
+        return Simulation(1, tuple(batch_axis(a.shape, b.shape) for a, b in pairs), SHARED)
 
     def run_part(*args: Any) -> Simulation:
-        return run_in_tiles(run, convert, args, in_axes, sizes)
+        return run_in_tiles(run, convert, args, in_axes, sizes, out_axes)
 
-    def shapes(*args: Any) -> list[tuple[int, ...]]:
-        return [layer.shape for layer in convert(*args).layers]
-
-    return Simulation(*in_shards(run_part, shapes, args, *examples(in_axes, args), devices))
+    if devices is None:
+        return run_part(*args)
+    _check_independent("devices", list(devices), in_axes)
+    axes, number = examples(in_axes, args)
+    net = convert(*args)
+    return in_shards(
+        run_part, args, axes, number, devices, lambda *part: out_axes(net, convert(*part))
+    )
 
 
 def run_in_tiles(
-    run: Callable[[SpikingNetwork, Prepared, int], Simulation],
+    run: Callable[[SpikingNetwork, Prepared, int], R],
     convert: Callable[..., SpikingNetwork],
     args: tuple[Any, ...],
     in_axes: int | Sequence[Any] | None,
     sizes: Sizes,
-) -> Simulation:
+    out_axes: Callable[[SpikingNetwork, SpikingNetwork], Any],
+) -> R:
     """Runs a network on all examples, or on a tile of them at a time where `in_axes` allows it.
 
     Args:
@@ -163,12 +171,15 @@ def run_in_tiles(
     if tile >= number:
         return run(net, net.prepare(*args), chunk)
 
-    def start(*args: Any) -> Callable[..., Simulation]:
-        net = convert(*args)
-        shared = net.prepare_shared(args, [axis is not None for axis in axes])
-        return lambda *args: run(net, net.prepare(*args, shared=shared), chunk)
+    parts: list[SpikingNetwork] = []
 
-    return Simulation(*in_tiles(start, args, axes, number, tile, shapes))
+    def start(*args: Any) -> Callable[..., Any]:
+        part = convert(*args)
+        parts.append(part)
+        shared = part.prepare_shared(args, [axis is not None for axis in axes])
+        return lambda *args: run(part, part.prepare(*args, shared=shared), chunk)
+
+    return in_tiles(start, args, axes, number, tile, lambda: out_axes(net, parts[0]))
 
 
 def run_network(
@@ -221,22 +232,25 @@ def run_chunk(
     net: SpikingNetwork, prepared: Prepared, carry: Carry, size: int
 ) -> tuple[Carry, Any]:
     """Runs `size` steps together; returns the new carry and the running mean at each of them."""
-    state, counts = list(carry.state), list(carry.counts)
 
-    def fire(i: int, x: jax.Array) -> jax.Array:
+    def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
         levels = net.layers[i].levels
-        state[i], out = jax.lax.scan(
-            lambda s, current: net.neuron.step(s, current, levels), state[i], x, unroll=size <= 8
+        state, out = jax.lax.scan(
+            lambda s, current: net.neuron.step(s, current, levels),
+            carry.state[i],
+            x,
+            unroll=size <= 8,
         )
         # XLA may divide by a constant through its reciprocal: 21 / 7 need not be 3.
-        counts[i] += jnp.round(jnp.abs(out).sum(0) / levels).astype(jnp.int32)
-        return out
+        spikes = jnp.round(jnp.abs(out).sum(0) / levels).astype(jnp.int32)
+        return (state, carry.counts[i] + spikes), out
 
-    out = net.propagate(prepared, fire, steps=size)
+    kept, out = net.propagate(prepared, fire, steps=size)
+    state, counts = zip(*kept, strict=True)
     total, sums = jax.lax.scan(_add, carry.total, out)
     steps = carry.time + 1 + jnp.arange(size)
     means = jax.tree.map(lambda x: x / steps.reshape(-1, *[1] * (x.ndim - 1)), sums)
-    return Carry(tuple(state), total, tuple(counts), carry.time + size), means
+    return Carry(state, total, counts, carry.time + size), means
 
 
 def _check_independent(name: str, value: Any, in_axes: Any) -> None:

@@ -8,12 +8,12 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from nadaptor.training.config import check_name
-from nadaptor.training.doors import run_door
-from nadaptor.training.grid import Study, run_study
-from nadaptor.training.grid_report import write_study
+from nadaptor._checks import check_name
+from nadaptor.cli.command import run_door
+from nadaptor.studies.named import STUDIES
+from nadaptor.studies.study import Study, run_study
+from nadaptor.studies.table import write_study
 from nadaptor.training.options import Options
-from nadaptor.training.studies import STUDIES
 
 
 @dataclasses.dataclass(frozen=True)

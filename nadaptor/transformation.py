@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AxisType
 
-from nadaptor._affine import check_affine, check_no_inner_mark, check_not_random
-from nadaptor._convolution import faster
-from nadaptor._trace import Atom, Op, Trace, reached, trace, variables
+from nadaptor._execution.convolution import faster
+from nadaptor._jaxpr.affine import check_affine, check_no_inner_mark, check_not_random
+from nadaptor._jaxpr.trace import Atom, Op, Trace, reached, trace, variables
 from nadaptor.neurons import IntegrateAndFire, Neuron, State
 
 Prepared = tuple[jax.Array, ...]
-Fire = Callable[[int, jax.Array], jax.Array]
+Activate = Callable[[int, jax.Array], tuple[Any, jax.Array]]
 
 
 class Layer(NamedTuple):
@@ -124,43 +124,43 @@ class SpikingNetwork:
             The new state, and the function's output for this step's spikes: the network's output
             after t steps is the mean of the outputs so far.
         """
-        new: list[State] = []
+        return self.propagate(
+            prepared, lambda i, x: self.neuron.step(state[i], x, self.layers[i].levels)
+        )
 
-        def fire(i: int, x: jax.Array) -> jax.Array:
-            after, out = self.neuron.step(state[i], x, self.layers[i].levels)
-            new.append(after)
-            return out
-
-        out = self.propagate(prepared, fire)
-        return tuple(new), out
-
-    def propagate(self, prepared: Prepared, fire: Fire, steps: int | None = None) -> Any:
-        """Evaluates the spiking part, with `fire(i, x)` in the place of each quantized activation.
+    def propagate(
+        self, prepared: Prepared, activate: Activate, steps: int | None = None
+    ) -> tuple[tuple[Any, ...], Any]:
+        """Evaluates the spiking part with `activate` in the place of each quantized activation.
 
         Args:
             prepared: from `prepare`.
-            fire: takes the layer's number and its input x, float32 and in units of the scale;
-                returns what the layer passes on, in the same units.
+            activate: takes the layer's number and its input x, float32 and in units of the scale;
+                returns what to keep of the layer and what it passes on, in the units of x, as the
+                body of `lax.scan` returns its carry and its output.
             steps: number of time steps to evaluate together. With it every spiking value, and so
-                the x and result of `fire` and the output, has a leading axis of that length.
+                the x and result of `activate` and the output, has a leading axis of that length.
 
         Returns:
-            The function's output on what the layers passed on.
+            What was kept, one entry for each layer, and the function's output.
         """
         values = dict(zip(self._boundary, prepared, strict=True))
-        layers = enumerate(self.layers)
+        layers, kept = enumerate(self.layers), []
         for op in self._spiking:
             operands = [_read(values, atom) for atom in op.inputs]
             axes = [0 if spikes else None for spikes in reached(self._trace.spiking, op.inputs)]
             if op.mark is not None:
                 i, layer = next(layers)
-                outputs = [_fire(fire, i, operands[0], layer, steps)]
+                keep, out = _activate(activate, i, operands[0], layer, steps)
+                kept.append(keep)
+                outputs = [out]
             elif steps is None:
                 outputs = op.bind(*operands)
             else:
                 outputs = jax.vmap(op.bind, axes, axis_size=steps)(*operands)
             values.update(zip(op.outputs, outputs, strict=True))
-        return self._out_tree.unflatten([_read(values, atom) for atom in self._trace.outputs])
+        outputs = [_read(values, atom) for atom in self._trace.outputs]
+        return tuple(kept), self._out_tree.unflatten(outputs)
 
     def _check_arguments(self, args: tuple[Any, ...]) -> list[Any]:
         leaves, tree = jax.tree.flatten(args)
@@ -308,8 +308,10 @@ def _name(scope: str) -> str:
     return "/".join(part for outer, part in pairs if not part.startswith(f"{outer}."))
 
 
-def _fire(fire: Fire, i: int, x: jax.Array, layer: Layer, steps: int | None) -> jax.Array:
-    """Calls `fire` on a layer's input; a static input is the same current at every step."""
+def _activate(
+    activate: Activate, i: int, x: jax.Array, layer: Layer, steps: int | None
+) -> tuple[Any, jax.Array]:
+    """Calls `activate` on a layer's input; a static input is the same current at every step."""
     shape = layer.shape if steps is None else (steps, *layer.shape)
     current = jnp.broadcast_to(x, shape).astype(jnp.float32)
     if layer.bias is not None:
@@ -317,7 +319,8 @@ def _fire(fire: Fire, i: int, x: jax.Array, layer: Layer, steps: int | None) -> 
     # The threshold of a calibrated layer is an array, and off every grid.
     if isinstance(layer.levels, int):
         current = _summable(current, layer.levels)
-    return fire(i, current).astype(x.dtype)
+    keep, out = activate(i, current)
+    return keep, out.astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -50,7 +50,8 @@ class GivenCurrents:
         self.layers = (nadaptor.transformation.Layer("l", shape, STEPS, STEPS / 2, ""),)
 
     def propagate(self, prepared, fire, steps):
-        return fire(0, self.currents[:steps] * STEPS)
+        kept, out = fire(0, self.currents[:steps] * STEPS)
+        return (kept,), out
 
 
 def expected(currents):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import nadaptor
-from nadaptor._marks import read_mark
+from nadaptor._jaxpr.marks import read_mark
 from nadaptor._noise import uniform_noise
 
 LEVELS = 3

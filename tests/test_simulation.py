@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import nadaptor
-from nadaptor._trace import contains, sub_jaxprs
+from nadaptor._jaxpr.trace import contains, sub_jaxprs
 from nadaptor.neurons import triangle
 
 SCALES = [0.125, 0.1, 0.3, 0.0437]

@@ -137,8 +137,8 @@ def test_time_average_of_an_affine_operation_is_the_operation_on_the_time_averag
     @jax.jit
     def evaluate(x, trains):
         prepared = net.prepare(x)
-        single = [net.propagate(prepared, lambda i, x, z=z: z) for z in trains]
-        together = net.propagate(prepared, lambda i, x: trains, steps=4)
+        single = [net.propagate(prepared, lambda i, x, z=z: (None, z))[1] for z in trains]
+        together = net.propagate(prepared, lambda i, x: (None, trains), steps=4)[1]
         return jnp.stack(single), together, g(SCALE * trains.mean(0))
 
     single, together, of_mean = evaluate(X, trains)

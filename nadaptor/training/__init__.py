@@ -1,11 +1,11 @@
 """Training, conversion and evaluation from named configs: what the command line calls."""
 
-from nadaptor.training.config import Config
-from nadaptor.training.configs import CONFIGS, get_config
-from nadaptor.training.conversion import convert, load_snn
-from nadaptor.training.errors import RunError
+from nadaptor.configs.config import Config
+from nadaptor.configs.named import CONFIGS, get_config
+from nadaptor.conversion.convert import convert, load_snn
+from nadaptor.errors import RunError
+from nadaptor.evaluation.report import simulate_checkpoint, write_report
 from nadaptor.training.loop import train
-from nadaptor.training.reports import simulate_checkpoint, write_report
 
 __all__ = [
     "CONFIGS",

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import jax
 
-from nadaptor.training.config import Config
+from nadaptor.configs.config import Config
+from nadaptor.data.loader import batches
+from nadaptor.parallel import place_step, start_processes
 from nadaptor.training.options import Options
-from nadaptor.training.parallel import place_step, start_processes
-from nadaptor.training.pipeline import batches
 from nadaptor.training.run import first_state, open_run
 from nadaptor.training.step import build_step
 

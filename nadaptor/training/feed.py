@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nadaptor.training.parallel import STEP, place_step
-from nadaptor.training.pipeline import Batch, batches, part_of, prefetch, step_indices
+from nadaptor.data.loader import Batch, batches, part_of, prefetch, step_indices
+from nadaptor.parallel import STEP, place_step
 from nadaptor.training.run import Run
 from nadaptor.training.step import build_step
 

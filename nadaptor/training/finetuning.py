@@ -17,12 +17,12 @@ import optax
 
 from nadaptor import IntegrateAndFire, simulate
 from nadaptor._checks import check_count
+from nadaptor.checkpoints.checkpoint import load_card, save_checkpoint
+from nadaptor.conversion.convert import load_snn
+from nadaptor.data.registry import batch_at, load_split, steps_per_epoch
+from nadaptor.errors import RunError
 from nadaptor.models import project_scales
 from nadaptor.neurons import rectangle
-from nadaptor.training.checkpoints import load_card, save_checkpoint
-from nadaptor.training.conversion import load_snn
-from nadaptor.training.data import batch_at, load_split, steps_per_epoch
-from nadaptor.training.errors import RunError
 
 NEURON = IntegrateAndFire(surrogate=rectangle)
 

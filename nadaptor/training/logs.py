@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nadaptor.training.files import write_bytes, write_csv
+from nadaptor._files import write_bytes, write_csv
+from nadaptor.reports.tables import percent
 
 LINE_SECONDS = 30
 
@@ -93,11 +94,3 @@ def _tensorboard(folder: Path) -> Any:
     return writer(str(folder / "tensorboard"))
 
 
-def percent(share: float) -> str:
-    """Returns a share of 1 as it is printed everywhere.
-
-    Example:
-        >>> percent(0.9173)
-        '91.73 %'
-    """
-    return f"{100 * share:.2f} %"

@@ -13,18 +13,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from nadaptor.training.checkpoints import load_card, load_checkpoint, save_checkpoint
-from nadaptor.training.config import Config, to_json
-from nadaptor.training.configs import INHERITED, parent_of
-from nadaptor.training.errors import Interrupted
+from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint, save_checkpoint
+from nadaptor.checkpoints.snapshots import Snapshot, Snapshots
+from nadaptor.configs.build import open_split
+from nadaptor.configs.config import Config, to_json
+from nadaptor.configs.named import INHERITED, parent_of
+from nadaptor.errors import Interrupted
+from nadaptor.evaluation.measure import source_accuracy
+from nadaptor.parallel import start_processes
+from nadaptor.reports.tables import percent
 from nadaptor.training.feed import open_feed
-from nadaptor.training.logs import Log, percent
-from nadaptor.training.measure import source_accuracy
+from nadaptor.training.logs import Log
 from nadaptor.training.monitor import EMPTY, Tally, add_step, epoch_row, restore_tally
 from nadaptor.training.options import DEFAULT, Options
-from nadaptor.training.parallel import start_processes
-from nadaptor.training.run import Run, first_state, open_run, open_split, read_weights, state_shape
-from nadaptor.training.snapshots import Snapshot, Snapshots
+from nadaptor.training.run import Run, first_state, open_run, read_weights, state_shape
 from nadaptor.training.state import TrainState
 
 

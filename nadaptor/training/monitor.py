@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nadaptor.training.errors import RunError
+from nadaptor.errors import RunError
 
 # A loss that stays for so many steps above so many times that of guessing does not come back.
 DIVERGED_FACTOR, DIVERGED_STEPS = 10.0, 20
@@ -39,7 +39,7 @@ def add_step(tally: Tally, step: int, loss: float, accuracy: float, num_classes:
     Example:
         >>> add_step(EMPTY, 7, float("nan"), 0.1, 10)
         Traceback (most recent call last):
-        nadaptor.training.errors.RunError: the loss is nan at step 7; lower the learning rate
+        nadaptor.errors.RunError: the loss is nan at step 7; lower the learning rate
     """
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss} at step {step}; lower the learning rate")

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from nadaptor._checks import check_count
-from nadaptor.training.augmentation import prepare_batch
-from nadaptor.training.config import Config, check_config, to_json
-from nadaptor.training.data import load_source, open_source, steps_per_epoch
+from nadaptor.configs.build import build_model, build_optimizer, open_split
+from nadaptor.configs.config import Config, check_config, to_json
+from nadaptor.data.augmentation import prepare_batch
+from nadaptor.data.loader import batches
+from nadaptor.data.registry import steps_per_epoch
+from nadaptor.data.source import Source
+from nadaptor.parallel import Devices, check_batch, choose_devices
 from nadaptor.training.options import Options
-from nadaptor.training.parallel import Devices, check_batch, choose_devices
-from nadaptor.training.pipeline import batches
-from nadaptor.training.source import PHOTOGRAPHS, Source, Split, SplitName
 from nadaptor.training.state import TrainState, init_state
-from nadaptor.training.step import build_model, build_optimizer
 
 
 class Keys(NamedTuple):
@@ -87,34 +87,6 @@ def open_run(config: Config, options: Options) -> Run:
         build_model(config, num_classes=images.spec.num_classes),
         build_optimizer(config, config.epochs * epoch_steps),
     )
-
-
-def open_split(config: Config, split: SplitName, data_dir: Path | None) -> Source:
-    """Opens a split of a config's data set, with its normalisation and training size.
-
-    Raises:
-        ValueError: as `open_source`, or `train_size` is more than there is.
-    """
-    source = open_source(config.dataset, split, config.validation_size, data_dir)
-    if config.normalization == "imagenet":
-        mean, deviation = PHOTOGRAPHS
-        source = source._replace(spec=source.spec._replace(mean=mean, deviation=deviation))
-    if split != "train" or config.train_size is None:
-        return source
-    if config.train_size > source.size:
-        raise ValueError(f"train_size {config.train_size} is more than the {source.size} there are")
-    return source._replace(size=config.train_size)
-
-
-def config_split(
-    config: Config, split: SplitName, data_dir: Path | None = None, limit: int | None = None
-) -> Split:
-    """Loads a split of a config's data set, or its first images, as its network takes them.
-
-    Raises:
-        ValueError: as `open_split`.
-    """
-    return load_source(open_split(config, split, data_dir), limit)
 
 
 def first_state(run: Run, pretrained: Any | None) -> TrainState:

@@ -8,12 +8,13 @@ import pytest
 from jax import export
 
 import nadaptor
+from nadaptor.configs.build import build_model, build_optimizer
+from nadaptor.conversion.convert import build_folded
+from nadaptor.data.registry import get_spec
+from nadaptor.parallel import choose_devices, place_step
 from nadaptor.training import get_config
-from nadaptor.training.conversion import build_folded
-from nadaptor.training.data import get_spec
-from nadaptor.training.parallel import choose_devices, place_step
 from nadaptor.training.state import init_state
-from nadaptor.training.step import build_model, build_optimizer, build_step
+from nadaptor.training.step import build_step
 
 PLATFORMS = ("tpu", "cuda")
 BATCH = 8

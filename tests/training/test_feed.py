@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nadaptor.checkpoints.checkpoint import load_card
+from nadaptor.data.augmentation import prepare_batch
+from nadaptor.data.loader import step_indices
+from nadaptor.data.source import PHOTOGRAPHS, Spec
 from nadaptor.training import train
-from nadaptor.training.augmentation import prepare_batch
-from nadaptor.training.checkpoints import load_card
 from nadaptor.training.feed import open_feed, resident_steps
 from nadaptor.training.options import DEFAULT
-from nadaptor.training.pipeline import step_indices
 from nadaptor.training.run import first_state, open_run
-from nadaptor.training.source import PHOTOGRAPHS, Spec
 
 pytestmark = pytest.mark.usefixtures("quick")
 

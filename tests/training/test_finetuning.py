@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from nadaptor.data.registry import load_split
+from nadaptor.errors import RunError
 from nadaptor.training import load_snn
-from nadaptor.training.data import load_split
-from nadaptor.training.errors import RunError
 from nadaptor.training.finetuning import digits_na_finetuned, fine_tune, time_loss
 
 pytestmark = pytest.mark.usefixtures("quick")

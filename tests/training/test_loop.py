@@ -4,12 +4,11 @@ import shutil
 
 import pytest
 
+from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
+from nadaptor.configs.build import build_model, open_split
+from nadaptor.data.registry import load_split
+from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.training import RunError, run, train
-from nadaptor.training.checkpoints import load_card, load_checkpoint
-from nadaptor.training.data import load_split
-from nadaptor.training.evaluation import ann_accuracy
-from nadaptor.training.run import open_split
-from nadaptor.training.step import build_model
 
 pytestmark = pytest.mark.usefixtures("quick")
 

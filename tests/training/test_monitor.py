@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from nadaptor.training.errors import RunError
+from nadaptor.errors import RunError
 from nadaptor.training.monitor import (
     DIVERGED_STEPS,
     EMPTY,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nadaptor.training.checkpoints import load_checkpoint
+from nadaptor.checkpoints.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint, save_checkpoint
+from nadaptor.checkpoints.snapshots import Snapshots
 from nadaptor.training import RunError, train
-from nadaptor.training.checkpoints import load_card, load_checkpoint, save_checkpoint
 from nadaptor.training.options import DEFAULT
-from nadaptor.training.snapshots import Snapshots
 
 ROOT = Path(__file__).parents[2]
 STATE = {"w": np.arange(6, dtype=np.float32), "step": np.int32(3)}

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nadaptor.configs.build import build_model, build_optimizer
+from nadaptor.configs.named import get_config
+from nadaptor.data.registry import batch_at, load_split
 from nadaptor.models import SCALE_FLOOR, is_scale
-from nadaptor.training.configs import get_config
-from nadaptor.training.data import batch_at, load_split
 from nadaptor.training.state import init_state
-from nadaptor.training.step import build_model, build_optimizer, train_step
+from nadaptor.training.step import train_step
 
 pytestmark = pytest.mark.usefixtures("quick")
 

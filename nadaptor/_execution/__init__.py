@@ -1,0 +1,1 @@
+"""How a simulation is run: tiles, devices, convolutions. No result depends on it."""

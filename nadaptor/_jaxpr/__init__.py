@@ -1,0 +1,1 @@
+"""What a traced function says: its operations, marks, and what each may do to spikes."""

@@ -1,0 +1,152 @@
+"""Which operations may act on spikes: the affine ones, and what to say of the others.
+
+Between two neurons a spiking network adds, scales and moves spikes. An affine operation on each
+step's spikes has the time average of the operation on the averages, so the network's rates are
+those of the network it came from; after any other operation they would not be.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from nadaptor._jaxpr.trace import Op, contains, is_mark, sub_jaxprs
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Affine in all operands together.
+_JOINTLY = _words(
+    "add sub add_any neg concatenate stack unstack pad reshape squeeze expand_dims transpose "
+    "broadcast_in_dim slice split rev reduce_sum cumsum reduce_window_sum convert_element_type "
+    "reduce_precision copy copy_p tile name optimization_barrier sharding_constraint device_put "
+    "psum psum_invariant pvary pcast ppermute all_gather all_gather_invariant all_to_all "
+    "reduce_scatter stop_gradient fft real imag conj complex"
+)
+# Affine in any one operand while the others are static.
+_PRODUCTS = _words("mul dot_general conv_general_dilated")
+# Affine in the operands at these positions; the others are indices, predicates or divisors.
+_POSITIONS = {
+    "div": (0,),
+    "gather": (0,),
+    "dynamic_slice": (0,),
+    "dynamic_update_slice": (0, 1),
+    "scatter": (0, 2),
+    "scatter-add": (0, 2),
+    "scatter-sub": (0, 2),
+    "scatter-mul": (0,),
+    "triangular_solve": (1,),
+}
+_RANDOM = _words("random_bits threefry2x32 rng_bit_generator rng_uniform random_gamma")
+
+_NAMES = {"reduce_window_max": "max_pool", "select_and_gather_add": "max_pool"}
+_ACTIVATION = "replace it by a quantized activation such as nadaptor.lsq before training"
+_LOGITS = (
+    "return the logits: only the output after the last neuron may use it, outside the converted "
+    "function"
+)
+_NORM = (
+    "a norm that measures its input is not affine: use batch norm with running averages "
+    "(use_running_average=True)"
+)
+_BRANCH = "write the loop or branch in Python, or as lax.scan"
+_REMEDIES = {
+    "max_pool": "replace max_pool by avg_pool before training",
+    "max": "for a ReLU use a quantized activation such as nadaptor.lsq; for pooling, avg_pool",
+    "reduce_max": "replace the maximum by a mean, such as avg_pool, before training",
+    "dot_product_attention": "attention weights computed from spikes are not affine in them",
+    **dict.fromkeys(
+        _words(
+            "relu relu6 gelu silu swish elu celu selu leaky_relu sigmoid logistic tanh softplus "
+            "mish hard_tanh hard_sigmoid hard_silu hard_swish log_sigmoid erf"
+        ),
+        _ACTIVATION,
+    ),
+    **dict.fromkeys(_words("softmax log_softmax logsumexp argmax argmin top_k one_hot"), _LOGITS),
+    **dict.fromkeys(
+        _words("LayerNorm GroupNorm RMSNorm InstanceNorm BatchNorm standardize var std rsqrt"),
+        _NORM,
+    ),
+    **dict.fromkeys(_words("while while_loop fori_loop cond switch"), _BRANCH),
+}
+_PRODUCT = (
+    "a product of two spiking values is not affine: one factor has to be static (a scale, a "
+    "statistic or attention weights computed from spikes cannot be)"
+)
+_DIVISOR = (
+    "a scale that depends on spikes changes at every step: make it a parameter, or use batch norm "
+    "with running averages"
+)
+_DEFAULT = "between quantizers only affine operations can act on spikes; replace it or move it out"
+
+
+def check_affine(op: Op, spiking: Sequence[bool]) -> None:
+    """Raises a ValueError unless `op` is affine in the operands for which `spiking` is true."""
+    name = op.primitive.name
+    count = sum(spiking)
+    if any(contains(sub, is_mark) for sub in sub_jaxprs(op.params)):
+        check_no_inner_mark(op)
+    elif name in _JOINTLY:
+        _check_floating(op)
+    elif name in _PRODUCTS:
+        if count > 1:
+            raise _refusal(op, _PRODUCT)
+    elif name == "select_n":
+        if spiking[0]:
+            raise _refusal(op, "the choice depends on spikes; the predicate has to be static")
+    elif name in _POSITIONS:
+        if any(spikes and i not in _POSITIONS[name] for i, spikes in enumerate(spiking)):
+            raise _refusal(op, _DIVISOR if name == "div" else "its indices depend on spikes")
+    elif not (_is_sum(op) or (name == "integer_pow" and op.params["y"] == 1)):
+        raise _refusal(op, _remedy(op))
+
+
+def _is_sum(op: Op) -> bool:
+    """Says whether it is a sum that JAX did not recognise, as with a traced start value."""
+    if op.primitive.name not in ("reduce", "reduce_window"):
+        return False
+    return [eqn.primitive.name for eqn in op.params["jaxpr"].eqns] == ["add"]
+
+
+def check_no_inner_mark(op: Op) -> None:
+    """Raises a ValueError if a quantizer stands inside an operation that keeps its own body."""
+    if any(contains(sub, is_mark) for sub in sub_jaxprs(op.params)):
+        raise _refusal(
+            op,
+            "a quantizer inside it would silently stay analog; move the quantizer out, write the "
+            "loop or branch in Python, or apply shard_map and pmap around the simulation instead",
+            "holds a quantizer",
+        )
+
+
+def check_not_random(op: Op) -> None:
+    """Raises a ValueError if the operation draws random bits: one draw would serve all steps."""
+    if op.primitive.name in _RANDOM or any(
+        contains(sub, lambda eqn: eqn.primitive.name in _RANDOM) for sub in sub_jaxprs(op.params)
+    ):
+        raise _refusal(
+            op,
+            "one draw would be frozen for all time steps; switch dropout off (deterministic=True), "
+            "or draw the numbers first and pass them as an argument",
+            "draws random numbers outside a quantizer",
+        )
+
+
+def _check_floating(op: Op) -> None:
+    for aval in op.avals:
+        if not jnp.issubdtype(aval.dtype, jnp.inexact):
+            raise _refusal(op, f"it turns spikes into {aval.dtype}; keep them floating point")
+
+
+def _remedy(op: Op) -> str:
+    names = (op.place.call, _NAMES.get(op.primitive.name, op.primitive.name))
+    return next((_REMEDIES[name] for name in names if name in _REMEDIES), _DEFAULT)
+
+
+def _refusal(op: Op, remedy: str, fault: str = "acts on spikes and is not affine") -> ValueError:
+    name = _NAMES.get(op.primitive.name, op.primitive.name)
+    shown = f"{op.place.call} ({name})" if op.place.call not in ("", name) else name
+    where = f" at {op.place.source}" if op.place.source else ""
+    scope = f" in {op.place.scope}" if op.place.scope else ""
+    return ValueError(f"cannot convert to spikes: {shown}{where}{scope} {fault}: {remedy}")

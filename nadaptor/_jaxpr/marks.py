@@ -1,0 +1,135 @@
+"""The mark of a quantized activation, and what all activations with one have in common.
+
+An activation is `scale * q(v / scale)`, where `q` is a unary elementwise function of
+`x = v / scale` kept inside a *mark*: a `jax.jit` with a reserved name that holds the neuron's
+levels and start potential. The mark changes no value. It survives grad, vmap, remat and jit, and
+`nadaptor.spiking` finds it in the traced function and puts a neuron in its place.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nadaptor._checks import check_floating, check_positive, check_scale
+
+_MARK = re.compile(r"nadaptor_spike\[levels=(\d+),start=([^\]]+)\]")
+
+
+class Mark(NamedTuple):
+    """What a marked activation tells the transformation: the neuron that replaces it."""
+
+    levels: int
+    start: float
+
+
+class Activation(NamedTuple):
+    """One activation as a function of x = v / scale; hashable, so that its mark is traced once.
+
+    `forward(x, key)` gives q and the one array kept for the backward pass; `slopes(residual)` the
+    pair (dy/dv, dy/dscale).
+    """
+
+    mark: Mark
+    forward: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+    slopes: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def read_mark(name: str) -> Mark | None:
+    """Returns the neuron written in the name of a `jit` equation, or None for any other name."""
+    found = _MARK.fullmatch(name)
+    return Mark(int(found[1]), float(found[2])) if found else None
+
+
+def apply_activation(
+    activation: Activation,
+    v: jax.Array,
+    scale: jax.Array,
+    key: Any = None,
+    gradient_scale: float = 1.0,
+    name: str = "scale",
+) -> jax.Array:
+    """Returns `scale * q(v / scale)` with the activation's own gradients, arguments checked."""
+    v = check_floating(v, "v")
+    scale = check_positive(check_scale(scale, v.shape, name), name)
+    return _scaled(activation, v, _scale_gradient(scale, gradient_scale), key)
+
+
+def encode(below: jax.Array, above: jax.Array, inside: jax.Array) -> jax.Array:
+    """One array for the backward pass: dy/dscale inside, -inf below and +inf above."""
+    return jnp.where(below, -jnp.inf, jnp.where(above, jnp.inf, inside))
+
+
+@functools.lru_cache(maxsize=None)
+def decode(levels: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """The slopes of an `encode`d residual: dy/dv is 1 inside, dy/dscale is `levels` above."""
+
+    def slopes(residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inside = jnp.where(residual == -jnp.inf, 0, residual)
+        dscale = jnp.where(residual == jnp.inf, levels, inside)
+        return jnp.isfinite(residual), dscale
+
+    return slopes
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled(activation: Activation, v: jax.Array, scale: jax.Array, key: Any) -> jax.Array:
+    q = _marked(activation)(_in_units(v, scale), key)
+    return (q * scale).astype(v.dtype)
+
+
+def _scaled_fwd(activation, v, scale, key):
+    q, residual = activation.forward(_in_units(v, scale), key)
+    return (q * scale).astype(v.dtype), (residual.astype(v.dtype), scale)
+
+
+def _scaled_bwd(activation, saved, g):
+    residual, scale = saved
+    dv, dscale = activation.slopes(residual)
+    wide = jnp.promote_types(g.dtype, jnp.float32)
+    grad_scale = _sum_to_shape(g.astype(wide) * dscale.astype(wide), scale.shape)
+    return g * dv.astype(g.dtype), grad_scale.astype(scale.dtype), None
+
+
+_scaled.defvjp(_scaled_fwd, _scaled_bwd)
+
+
+@jax.custom_vjp
+def _scale_gradient(scale: jax.Array, factor: float) -> jax.Array:
+    return scale
+
+
+_scale_gradient.defvjp(
+    lambda scale, factor: (scale, factor),
+    lambda factor, g: ((g * factor).astype(g.dtype), jnp.zeros_like(factor)),
+)
+
+
+@functools.lru_cache(maxsize=None)
+def _marked(activation: Activation) -> Callable[[jax.Array, Any], jax.Array]:
+    def forward(x: jax.Array, key: Any) -> jax.Array:
+        return activation.forward(x, key)[0]
+
+    levels, start = activation.mark
+    forward.__name__ = forward.__qualname__ = f"nadaptor_spike[levels={levels},start={start!r}]"
+    return jax.jit(forward)
+
+
+def _in_units(v: jax.Array, scale: jax.Array) -> jax.Array:
+    """v / scale, at least in float32: half precision would move values across a rounding edge.
+
+    By the reciprocal, as XLA does it in some programs and not in others: the quantized and the
+    spiking network would else differ beside a tie.
+    """
+    wide = jnp.promote_types(v.dtype, jnp.float32)
+    return v.astype(wide) * (1 / scale.astype(wide))
+
+
+def _sum_to_shape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums over the axes along which `shape` was broadcast."""
+    lead = x.ndim - len(shape)
+    axes = [i for i in range(x.ndim) if i < lead or (shape[i - lead] == 1 and x.shape[i] != 1)]
+    return x.sum(axes).reshape(shape)

@@ -1,0 +1,1 @@
+"""Trained and converted networks on disk, and the snapshots of a run."""

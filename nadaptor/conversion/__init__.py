@@ -1,0 +1,1 @@
+"""From a trained checkpoint to a spiking network, with its checks."""

@@ -1,0 +1,141 @@
+"""Conversion without training: a full-precision ResNet, its thresholds measured on images."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from nadaptor import spiking
+from nadaptor._checks import check_count
+from nadaptor.calibration import (
+    Calibration,
+    Rule,
+    calibrate_biases,
+    calibrate_thresholds,
+    maximum,
+    percentile,
+    smallest_error,
+)
+from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from nadaptor.configs.config import from_json, to_json
+from nadaptor.conversion.convert import build_folded
+from nadaptor.data.registry import load_split
+from nadaptor.models import ClippedRelu, fold_batch_norm
+
+RuleName = Literal["percentile", "max", "mmse"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate a full-precision network."""
+
+    # Rule of the thresholds.
+    rule: RuleName
+    # Percentile of the nonzero activations, for the rule "percentile".
+    percent: float = 99.9
+    # T to calibrate for: the rule "mmse" and the biases depend on it.
+    num_steps: int = 32
+    # Whether to calibrate the biases, too.
+    biases: bool = False
+    # Training images to measure on.
+    num_images: int = 128
+
+
+def convert_calibrated(checkpoint: Path, out: Path, options: CalibrationOptions) -> None:
+    """Converts a trained full-precision network with no further training.
+
+    Args:
+        checkpoint: folder of a network trained with "relu".
+        out: folder to make; `load_snn` and `simulate_checkpoint` read it.
+        options: how to calibrate.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged or not of full precision, or `out`
+            exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another --out or remove it")
+    variables, card = load_checkpoint(checkpoint, "ann")
+    config = from_json(card["config"])
+    if config.activation != "relu":
+        raise ValueError(
+            f"{checkpoint} was trained with {config.activation!r}, which has thresholds of its "
+            "own; convert it without --calibrate"
+        )
+    count = check_count(options.num_images, "num_images")
+    images = load_split(config.dataset, "train", config.validation_size).images[:count]
+    images = jnp.asarray(images)
+    clipped = dataclasses.replace(config, activation="clipped_relu")
+    model = build_folded(clipped)
+    calibrated = calibrate_resnet(model, fold_batch_norm(variables), images, options)
+    card = {
+        "config": to_json(clipped),
+        "parent": card["card_digest"],
+        "calibration": dataclasses.asdict(options),
+    }
+    save_checkpoint(out, "snn", calibrated, card)
+    print(f"spiking network: {out}")
+
+
+def calibrate_resnet(
+    model: nn.Module, variables: Mapping[str, Any], images: jax.Array, options: CalibrationOptions
+) -> dict[str, Any]:
+    """Measures the thresholds of a folded ResNet, and its biases where asked.
+
+    Args:
+        model: a `nadaptor.models.ResNet` with `norm=None`; its activations are replaced.
+        variables: its folded variables, without thresholds.
+        images: [B, H, W, C], of the training set.
+        options: how to calibrate.
+
+    Returns:
+        The variables of the model with `ClippedRelu` activations: a `threshold` for each layer, and
+        biases to which what was missing is added.
+
+    Raises:
+        ValueError: an option is out of its range, or the network cannot be converted.
+    """
+    unclipped = functools.partial(ClippedRelu, data_start=False, initial_threshold=1.0)
+    # Thresholds of 1, so that a calibration in units of them is in the units of the input.
+    unit = model.clone(activation=unclipped)
+    started = unit.apply(
+        variables, images[:1], rngs={"params": jax.random.key(0)}, mutable=["params"]
+    )[1]
+    found = _calibrate(unit, started, images, options)
+    layers = spiking(unit.apply, started, images[:1]).layers
+    flat: dict[Any, Any] = dict(traverse_util.flatten_dict(started["params"]))
+    for layer, threshold, bias in zip(layers, found.thresholds, found.biases, strict=True):
+        *block, activation = layer.name.split("/")[1:]
+        flat[(*block, activation, "threshold")] = threshold.reshape(())
+        # actN follows convN; a shortcut's bias enters the same sum.
+        feeding = (*block, activation.replace("act", "conv"), "bias")
+        flat[feeding] = flat[feeding] + bias.reshape(-1)
+    return {**variables, "params": traverse_util.unflatten_dict(flat)}
+
+
+def _calibrate(
+    model: nn.Module, variables: Any, images: jax.Array, options: CalibrationOptions
+) -> Calibration:
+    rule = _rule(options)
+
+    def run(variables: Any, images: jax.Array) -> Calibration:
+        found = calibrate_thresholds(model.apply, variables, images, rule=rule)
+        if not options.biases:
+            return found
+        return calibrate_biases(
+            model.apply, variables, images, calibration=found, num_steps=options.num_steps
+        )
+
+    return jax.jit(run)(variables, jnp.asarray(images))
+
+
+def _rule(options: CalibrationOptions) -> Rule:
+    if options.rule == "percentile":
+        return percentile(options.percent)
+    return smallest_error(options.num_steps) if options.rule == "mmse" else maximum()

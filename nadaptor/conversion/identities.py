@@ -1,0 +1,171 @@
+"""The self-tests of a converted network: identities that hold for every network, on one batch.
+
+A float sum in another order can move a value across a rounding edge, which flips a spike: among
+the millions of a large network some do. So the identity between continuous functions is held to
+float rounding, and those between quantized or spiking ones to a share of what the logits vary by,
+which a flipped spike changes little and a wrong weight or threshold much.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from nadaptor import simulate, spiking
+from nadaptor.models import ClippedRelu, Lsq
+
+ROUNDING = 1e-4
+FLIPPED = 0.1
+SHORT, LONG = 8, 32
+
+
+class Check(NamedTuple):
+    """One identity as it was measured."""
+
+    name: str
+    measured: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the measured value is within the allowed one; NaN never is."""
+        return self.measured <= self.allowed
+
+    def __str__(self) -> str:
+        """Returns the line to print."""
+        verdict = "ok" if self.holds else "FAILED"
+        return f"{verdict:6} {self.name}: {self.measured:.2g}, allowed {self.allowed:.2g}"
+
+
+def check_conversion(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    folded: nn.Module,
+    folded_variables: Mapping[str, Any],
+    levels: int,
+    images: jax.Array,
+) -> list[Check]:
+    """Measures the identities that tie a spiking network to the network it came from.
+
+    With th = p*s the threshold of a layer: (d) folding changes nothing, measured on the network
+    with clip(v, 0, th) in place of each activation, which is continuous, and on the logits of the
+    quantized one. (b) At T = 1 a neuron is the quantizer with one level of height th, whatever p:
+    the logits are those of the network with p = 1 and s = th. (c) A layer's mean output over T
+    steps of constant input is within th/T of clip(v, 0, th). (e) The outputs up to t do not depend
+    on T. (f) Nor does an image's output on the rest of its batch.
+
+    Args:
+        model: the trained network, with batch norm.
+        variables: its variables.
+        folded: the network without batch norm.
+        folded_variables: its variables.
+        levels: p.
+        images: [B, H, W, C], at least two.
+
+    Returns:
+        One `Check` for each identity.
+
+    Source: Noise Adaptor, section 3; Bu et al., QCFS, 2022, for T = 1.
+    """
+    continuous, before, one_level = _variants(model, folded)
+    clipped = _logits(continuous, _rescaled(folded_variables, levels, "threshold"), images)
+    unfolded = _logits(before, _rescaled(variables, levels, "threshold"), images)
+    binary = _logits(one_level, _rescaled(folded_variables, levels, "quant_scale"), images)
+    quantized = [_logits(model, variables, images), _logits(folded, folded_variables, images)]
+    long = _outputs(folded, folded_variables, images, num_steps=LONG)
+    short = _outputs(folded, folded_variables, images, num_steps=SHORT)
+    half = len(images) // 2
+    halves = [images[:half], images[half : 2 * half]]
+    parts = [_outputs(folded, folded_variables, part, num_steps=SHORT) for part in halves]
+    named = {
+        "folding, largest difference of the clipped network's logits, relative": (
+            jnp.abs(unfolded - clipped).max() / jnp.abs(clipped).max(),
+            ROUNDING,
+        ),
+        "folding, distance of the quantized network's logits, relative": (
+            _distance(*quantized),
+            FLIPPED,
+        ),
+        "T = 1 against the network with one level, relative distance": (
+            _distance(short[0], binary),
+            FLIPPED,
+        ),
+        f"outputs to t = {SHORT} for T = {SHORT} against T = {LONG}, relative distance": (
+            _distance(short, long[:SHORT]),
+            FLIPPED,
+        ),
+        "whole batch against halves, relative distance": (
+            _distance(short[:, : 2 * half], jnp.concatenate(parts, 1)),
+            FLIPPED,
+        ),
+        f"a layer's largest error after {LONG} steps of constant input, in units of th/{LONG}": (
+            _layer_error(folded, folded_variables, images),
+            1.0,
+        ),
+    }
+    return [Check(name, float(measured), allowed) for name, (measured, allowed) in named.items()]
+
+
+# Cached, for jit to know a module again: Flax compares activation slots by identity.
+@functools.lru_cache(maxsize=64)
+def _variants(model: nn.Module, folded: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The clipped network, folded and not, and the folded network with one level."""
+    one_level = functools.partial(Lsq, levels=1)
+    return (
+        folded.clone(activation=ClippedRelu),
+        model.clone(activation=ClippedRelu),
+        folded.clone(activation=one_level),
+    )
+
+
+def _rescaled(variables: Mapping[str, Any], levels: int, name: str) -> dict[str, Any]:
+    """The variables with every threshold th, or scale s = th/p, replaced by th under that name."""
+    factors = {"quant_scale": levels, "threshold": 1}
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables)
+    return traverse_util.unflatten_dict(
+        {
+            (*path[:-1], name) if path[-1] in factors else path: leaf * factors.get(path[-1], 1)
+            for path, leaf in flat.items()
+        }
+    )
+
+
+def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Root mean square of the difference, over that of what the logits of b vary by."""
+    return jnp.sqrt(((a - b) ** 2).mean() / ((b - b.mean(-1, keepdims=True)) ** 2).mean())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _layer_error(folded: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+    """Of all layers, each fed with the analog values of the ones before."""
+    net = spiking(folded.apply, variables, images)
+
+    def fire(i: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        layer = net.layers[i]
+
+        def step(carry: tuple[Any, jax.Array], _: None) -> tuple[tuple[Any, jax.Array], None]:
+            state, out = net.neuron.step(carry[0], x, layer.levels)
+            return (state, carry[1] + out), None
+
+        start = net.neuron.init(layer.shape, layer.levels, layer.start)
+        (_, total), _ = jax.lax.scan(step, (start, jnp.zeros_like(x)), length=LONG)
+        clipped = jnp.clip(x, 0, layer.levels)
+        return jnp.abs(total - LONG * clipped).max() / layer.levels, clipped
+
+    errors, _ = net.propagate(net.prepare(variables, images), fire)
+    return jnp.stack(errors).max()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+    logits: Any = model.apply(variables, images)
+    return logits
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="num_steps")
+def _outputs(model: nn.Module, variables: Any, images: jax.Array, *, num_steps: int) -> jax.Array:
+    return simulate(model.apply, variables, images, num_steps=num_steps).outputs

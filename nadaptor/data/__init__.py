@@ -1,0 +1,1 @@
+"""Images: data sets by name, their order, their batches and augmentation."""

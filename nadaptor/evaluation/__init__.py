@@ -1,0 +1,1 @@
+"""Accuracy of trained and spiking networks on a data set."""

@@ -1,0 +1,113 @@
+"""The report of a converted network: its accuracy at every t, as CSV, JSON and a plot."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from nadaptor._checks import check_count
+from nadaptor._files import write_csv, write_json
+from nadaptor.configs.build import build_model, config_split
+from nadaptor.configs.config import NOISY, Config, to_json
+from nadaptor.configs.inference import PLAIN, Inference
+from nadaptor.conversion.convert import class_count, load_snn
+from nadaptor.data.registry import Split
+from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
+from nadaptor.reports.plots import Curve, plot_accuracy
+from nadaptor.reports.tables import markdown, percent
+
+CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+def simulate_checkpoint(
+    checkpoint: Path,
+    num_steps: int,
+    split: Literal["validation", "test"],
+    inference: Inference = PLAIN,
+    data_dir: Path | None = None,
+    num_images: int | None = None,
+) -> dict[str, Any]:
+    """Measures a converted network on a split: as an ANN, and as an SNN at every t up to T.
+
+    Args:
+        checkpoint: folder that `convert` wrote.
+        num_steps: T.
+        split: images to read; the test set is for final figures, not for choices.
+        inference: the neuron and the correction.
+        data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
+        num_images: the first images of the split to measure on; None for all.
+
+    Returns:
+        `ann_noisy` and `ann_deterministic`, accuracies of the quantized network with the noise on
+        (amplitude of the config, also where it trained without; None for the activations that
+        cannot have it) and off; `accuracy`, the spiking network's at t = 1 to T;
+        `spikes_per_neuron` of each layer in T steps; `early_exit`, accuracy and mean number of
+        steps where images stop once they are confident; `config`, `split`, `num_images`,
+        `num_steps` and `total_steps`, the correction's included. Accuracies are shares, 0 to 1.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or `num_steps` is below 1.
+    """
+    check_count(num_steps, "num_steps")
+    model, variables, config = load_snn(checkpoint)
+    images = config_split(config, split, data_dir, num_images)
+    result = snn_accuracy(
+        model, variables, images, num_steps, inference=inference, confidences=CONFIDENCES
+    )
+    return {
+        "config": to_json(config),
+        "split": split,
+        "num_images": len(images.labels),
+        "num_steps": num_steps,
+        "total_steps": inference.total_steps(num_steps),
+        "ann_noisy": noisy_accuracy(config, variables, images),
+        "ann_deterministic": ann_accuracy(model, variables, images),
+        **result._asdict(),
+    }
+
+
+def write_report(report: Mapping[str, Any], out: Path) -> None:
+    """Writes a report of `simulate_checkpoint` and prints it.
+
+    Args:
+        report: what was measured.
+        out: folder for `accuracy.csv` (t, accuracy), `report.json` and `accuracy.png`.
+    """
+    accuracy = report["accuracy"]
+    write_csv(
+        out / "accuracy.csv", [{"t": t, "accuracy": a} for t, a in enumerate(accuracy, start=1)]
+    )
+    write_json(out / "report.json", report)
+    curve = Curve(report["config"]["name"], accuracy, [0.0] * len(accuracy))
+    plot_accuracy([curve], f"{report['split']} accuracy, %", out / "accuracy.png")
+    for name in ("ann_noisy", "ann_deterministic"):
+        if report[name] is not None:
+            print(f"{name:>20} {percent(report[name])}")
+    for t, share in enumerate(accuracy, start=1):
+        print(f"{f'T = {t}':>20} {percent(share)}")
+    for layer, spikes in report["spikes_per_neuron"].items():
+        print(f"{layer:>20} {spikes:.3f} spikes a neuron in {len(accuracy)} steps")
+    print(f"{'network steps':>20} {report['total_steps']}, {len(accuracy)} of them counted")
+    print(f"\nEarly exit\n\n{markdown([_exit_row(row) for row in report['early_exit']])}")
+    print(f"written: {out}")
+
+
+def noisy_accuracy(config: Config, variables: Any, images: Split) -> float | None:
+    """Accuracy with the noise on, where the network has step sizes for it."""
+    if config.activation not in ("lsq", *NOISY):
+        return None
+    noisy = dataclasses.replace(config, activation="noise_adaptor", dtype="float32")
+    noisy = build_model(noisy, folded=True, num_classes=class_count(variables))
+    return ann_accuracy(noisy, variables, images, jax.random.key(config.seed))
+
+
+def _exit_row(row: Mapping[str, float]) -> dict[str, str]:
+    return {
+        "stop at confidence": f"{row['confidence']:g}",
+        "accuracy": percent(row["accuracy"]),
+        "mean steps": f"{row['mean_steps']:.2f}",
+    }
+
+

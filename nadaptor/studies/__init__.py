@@ -1,0 +1,1 @@
+"""Comparisons over methods, levels, seeds and corrections."""

@@ -1,0 +1,79 @@
+"""The named studies: digits, the paper's CIFAR-10 experiment, and that at a CPU's scale."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from nadaptor.studies.study import Study
+
+
+def digits() -> Study:
+    """All methods and corrections on the 8x8 digits, p = 1, 2 and 4, five seeds.
+
+    Run on a 2-core CPU, with an 8-layer network in 49 minutes: see RESULTS.md.
+
+    `python -m nadaptor.study digits`
+    """
+    return Study()
+
+
+def cifar10() -> Study:
+    """The paper's CIFAR-10 experiment: half of Table 1, the adaptor's rows of Table 3, Table 4.
+
+    ResNet-18, p = 1 to 4 with and without the adaptor, all corrections, T = 256, three seeds; the
+    full-precision network is trained first. Not run: it needs an accelerator.
+
+    `python -m nadaptor.study cifar10 --data-dir DIR`
+    """
+    return Study(
+        methods=("lsq", "noise_adaptor"),
+        levels=(1, 2, 3, 4),
+        seeds=3,
+        config="cifar10_resnet18_lsq_p2",
+        dtype="bfloat16",
+        num_steps=256,
+        split="test",
+    )
+
+
+def cifar10_cpu() -> Study:
+    """ResNet-20 on CIFAR-10, fine-tuned for one epoch from published weights: p = 2 and 4.
+
+    With and without the adaptor, two seeds, the first 5000 test images. For a 2-core CPU: see
+    RESULTS.md.
+
+    `python -m nadaptor.study cifar10_cpu --data-dir DIR --init-from FILE`
+    """
+    return Study(
+        methods=("lsq", "noise_adaptor"),
+        levels=(2, 4),
+        seeds=2,
+        corrections=("none",),
+        config="cifar10_resnet20_lsq",
+        num_steps=16,
+        split="test",
+        num_images=5000,
+    )
+
+
+def cifar10_cpu_variants() -> Study:
+    """The noise adaptor's variants beside it: exact gradient, LSQ's gradient factor, any level.
+
+    As cifar10_cpu, at p = 2, on validation images. In the same workdir, its networks are used.
+
+    `python -m nadaptor.study cifar10_cpu_variants --data-dir DIR --init-from FILE`
+    """
+    return Study(
+        methods=(
+            "lsq", "noise_adaptor", "noise_adaptor_exact", "noise_adaptor_scaled", "any_level"
+        ),
+        levels=(2,),
+        seeds=2,
+        corrections=("none",),
+        config="cifar10_resnet20_lsq",
+        num_steps=16,
+    )
+
+
+STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
+    {make.__name__: make for make in (digits, cifar10, cifar10_cpu, cifar10_cpu_variants)}
+)

@@ -1,0 +1,226 @@
+"""The study: methods, levels, seeds and corrections as a grid, one small file a cell.
+
+A cell is one trained network simulated with one correction. Each is written whole or not at all, so
+that a study that was stopped goes on where it was; the table, the CSV file and the plots are made
+from the cells.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from nadaptor._checks import check_count
+from nadaptor._files import write_json
+from nadaptor._provenance import provenance
+from nadaptor.configs.build import config_split
+from nadaptor.configs.config import Config, Dtype, to_json
+from nadaptor.configs.inference import CorrectionName, get_inference
+from nadaptor.configs.named import get_config
+from nadaptor.conversion.convert import convert, load_snn
+from nadaptor.errors import RunError
+from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
+from nadaptor.evaluation.report import noisy_accuracy
+from nadaptor.training.loop import train
+from nadaptor.training.options import DEFAULT, Options
+
+Method = Literal[
+    "lsq",
+    "noise_adaptor",
+    "noise_adaptor_exact",
+    "noise_adaptor_scaled",
+    "noise_adaptor_unscaled",
+    "any_level",
+    "qcfs",
+    "slip_relu",
+    "ttrbr",
+    "clipped_relu",
+]
+# What a method sets in a config beside p, where that is more than the activation of its name:
+# Eq. 7's own gradient in place of Eq. 10, and LSQ's factor on the gradient of the scale.
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
+    "noise_adaptor_scaled": {"activation": "noise_adaptor", "scale_gradient": True},
+    "noise_adaptor_unscaled": {"activation": "noise_adaptor", "scale_gradient": False},
+    "any_level": {"activation": "any_level", "gradient": "exact", "scale_gradient": False},
+}
+# Methods whose levels are not a choice: one network serves every p of the study.
+FIXED_LEVELS: Mapping[str, int] = {"clipped_relu": 1, "ttrbr": 32}
+# Fields of a study that a cell's figures depend on, beside its config.
+SETTINGS = ("num_steps", "correction_steps", "split", "num_images")
+# Fields of a study that are put in place of its config's.
+CHANGED = ("model", "epochs", "learning_rate", "train_size", "dtype")
+Cells = Mapping["Cell", Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What to compare."""
+
+    # What to train with: activations, and variants of them.
+    methods: tuple[Method, ...] = (
+        "lsq", "noise_adaptor", "qcfs", "slip_relu", "ttrbr", "clipped_relu"
+    )
+    # p; ttrbr and clipped_relu have theirs fixed.
+    levels: tuple[int, ...] = (1, 2, 4)
+    # How many seeds: 0, 1, ...
+    seeds: int = 5
+    # Corrections at inference; one simulation each.
+    corrections: tuple[CorrectionName, ...] = (
+        "none", "negative-spikes", "offset-spikes", "srp"
+    )
+    # Named config that all runs share but for activation, levels and seed.
+    config: str = "digits_lsq"
+    # Network, where it is not the config's.
+    model: str | None = None
+    # Passes over the training images, where they are not the config's.
+    epochs: int | None = None
+    # Step size of the first update, where it is not the config's.
+    learning_rate: float | None = None
+    # Training images, where they are not the config's.
+    train_size: int | None = None
+    # Type of the computation, where it is not the config's; parents keep theirs.
+    dtype: Dtype | None = None
+    # T, time steps of each simulation.
+    num_steps: int = 32
+    # Steps that offset spikes (rho) and SRP (tau) spend before the T that count.
+    correction_steps: int = 4
+    # Images to measure on; the test set is for final figures, not for choices.
+    split: Literal["validation", "test"] = "validation"
+    # First images of the split to measure on; None for all.
+    num_images: int | None = None
+
+
+class Network(NamedTuple):
+    """One network to train, for each seed."""
+
+    method: Method
+    levels: int
+
+    @property
+    def name(self) -> str:
+        """Its name in tables and folders."""
+        return self.method if self.method in FIXED_LEVELS else f"{self.method}_p{self.levels}"
+
+
+class Cell(NamedTuple):
+    """One measurement of the study."""
+
+    network: Network
+    correction: CorrectionName
+    seed: int
+
+
+def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
+    """Trains, converts and simulates all of a study that is not there yet.
+
+    Args:
+        study: what to compare.
+        workdir: folder of the runs, `seedN/NETWORK`, and of `cells`.
+        options: where each run reads and runs, and the file of weights it starts from.
+
+    Returns:
+        Each cell's measurement: `ann` and `ann_noisy`, accuracy of the quantized network with the
+        noise off and on (None where it cannot have any); `accuracy`, the spiking
+        network's at t = 1 to T; `total_steps`, with those of the correction; or `failed`, why
+        there is none; and `made`, as `provenance` gives it. Accuracies are shares, 0 to 1.
+
+    Raises:
+        ValueError: a name or count is out of range, or `workdir` holds cells of other settings.
+    """
+    for count, name in ((study.seeds, "seeds"), (study.num_steps, "num_steps")):
+        check_count(count, name)
+    cells = list(cells_of(study))
+    for done, cell in enumerate(cells, start=1):
+        path = _path(workdir, study.split, cell)
+        if path.exists():
+            _read(path, cell, study)
+            continue
+        print(f"[{done} of {len(cells)}] {cell.network.name}, {cell.correction}, seed {cell.seed}")
+        settings = _settings(cell, study)
+        measured = _measure(cell, study, workdir, options)
+        write_json(path, {"settings": settings, "made": provenance(), **measured})
+    return {cell: _read(_path(workdir, study.split, cell), cell, study) for cell in cells}
+
+
+def cells_of(study: Study) -> Iterator[Cell]:
+    """Yields the cells of a study, seed by seed.
+
+    Example:
+        >>> cells = cells_of(Study(methods=("lsq", "ttrbr"), levels=(1, 2), seeds=1))
+        >>> sorted({cell.network.name for cell in cells})
+        ['lsq_p1', 'lsq_p2', 'ttrbr']
+    """
+    for seed in range(study.seeds):
+        yield from (Cell(network, correction, seed) for network, correction in lines_of(study))
+
+
+def networks_of(study: Study) -> list[Network]:
+    """Returns the networks to train for each seed."""
+    return [
+        Network(method, levels)
+        for method in study.methods
+        for levels in ([FIXED_LEVELS[method]] if method in FIXED_LEVELS else study.levels)
+    ]
+
+
+def lines_of(study: Study) -> list[tuple[Network, CorrectionName]]:
+    """Returns the lines of the table: each has a cell for every seed."""
+    return list(itertools.product(networks_of(study), study.corrections))
+
+
+def _measure(cell: Cell, study: Study, workdir: Path, options: Options) -> dict[str, Any]:
+    """Trains and converts where that is still to be done, and simulates."""
+    inference = get_inference(cell.correction, study.correction_steps)
+    try:
+        checkpoint = train(config_of(cell, study), workdir / f"seed{cell.seed}", options)
+        snn = checkpoint.parent / "snn"
+        if not snn.exists():
+            convert(checkpoint, snn, data_dir=options.data_dir)
+    except RunError as error:
+        return {"failed": str(error)}
+    model, variables, config = load_snn(snn)
+    images = config_split(config, study.split, options.data_dir, study.num_images)
+    result = snn_accuracy(model, variables, images, study.num_steps, inference=inference)
+    return {
+        "ann": ann_accuracy(model, variables, images),
+        "ann_noisy": noisy_accuracy(config, variables, images),
+        "accuracy": result.accuracy,
+        "total_steps": inference.total_steps(study.num_steps),
+    }
+
+
+def config_of(cell: Cell, study: Study) -> Config:
+    """Returns the config that a cell's network is trained with."""
+    config = get_config(study.config)
+    return dataclasses.replace(
+        config,
+        name=cell.network.name,
+        **{"activation": cell.network.method, **METHODS.get(cell.network.method, {})},
+        levels=cell.network.levels,
+        seed=cell.seed,
+        **{name: value for name in CHANGED if (value := getattr(study, name)) is not None},
+    )
+
+
+def _path(workdir: Path, split: str, cell: Cell) -> Path:
+    return workdir / "cells" / split / f"{cell.network.name}-{cell.correction}-seed{cell.seed}.json"
+
+
+def _settings(cell: Cell, study: Study) -> dict[str, Any]:
+    """All that a cell's figures depend on."""
+    of_study = {name: getattr(study, name) for name in SETTINGS}
+    return {**of_study, "config": to_json(config_of(cell, study))}
+
+
+def _read(path: Path, cell: Cell, study: Study) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    wanted = _settings(cell, study)
+    if found["settings"] != wanted:
+        names = [name for name, value in wanted.items() if found["settings"].get(name) != value]
+        raise ValueError(
+            f"{path} was measured with another {', '.join(names)}; choose another workdir"
+        )
+    return found

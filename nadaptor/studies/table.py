@@ -1,0 +1,139 @@
+"""The tables and plots of a study, beside the paper's figures where it has them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nadaptor._files import write_bytes, write_csv
+from nadaptor.configs.inference import CorrectionName, get_inference
+from nadaptor.configs.tables import published
+from nadaptor.reports.plots import Curve, plot_panels
+from nadaptor.reports.tables import markdown
+from nadaptor.studies.study import (
+    FIXED_LEVELS,
+    Cell,
+    Cells,
+    Network,
+    Study,
+    config_of,
+    lines_of,
+    networks_of,
+)
+
+
+def write_study(study: Study, cells: Cells, out: Path) -> None:
+    """Writes a study as `grid.csv`, `table.md`, `accuracy.png` and `total_steps.png`.
+
+    Args:
+        study: what was compared.
+        cells: from `run_study`.
+        out: folder for the files.
+    """
+    write_csv(out / "grid.csv", _rows(study, cells))
+    lines = [_summary(study, cells, n, c) for n, c in lines_of(study)]
+    table = markdown([row for line in lines for row in line])
+    write_bytes(out / "table.md", f"{table}\n".encode())
+    print(f"\n{table}\n")
+    label = f"{study.split} accuracy, %"
+    by_levels = {
+        f"p = {p}, correction: {study.corrections[0]}": [
+            _curve(study, cells, network, study.corrections[0], network.method)
+            for network in networks_of(study)
+            if network.levels == p or network.method in FIXED_LEVELS
+        ]
+        for p in study.levels
+    }
+    plot_panels(by_levels, label, out / "accuracy.png")
+    chosen = study.levels[len(study.levels) // 2]
+    by_method = {
+        network.name: [_curve(study, cells, network, c, c) for c in study.corrections]
+        for network in networks_of(study)
+        if network.levels == chosen or network.method in FIXED_LEVELS
+    }
+    plot_panels(by_method, label, out / "total_steps.png", total=True)
+
+
+def _steps(study: Study) -> list[int]:
+    """The time steps to report: powers of 2, and the last."""
+    powers = {2**k for k in range(study.num_steps.bit_length())}
+    return sorted(powers | {study.num_steps})
+
+
+def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
+    """One row for each cell and reported t; no accuracy where the network failed."""
+    return [
+        {
+            "method": cell.network.method,
+            "levels": cell.network.levels,
+            "correction": cell.correction,
+            "seed": cell.seed,
+            "ann": _share(measured.get("ann")),
+            "ann_noisy": _share(measured.get("ann_noisy")),
+            "t": t,
+            "network_steps": _total(cell.correction, study, t),
+            "accuracy": _share(None if "failed" in measured else measured["accuracy"][t - 1]),
+            **measured["made"],
+        }
+        for cell, measured in cells.items()
+        for t in _steps(study)
+    ]
+
+
+def _share(value: float | None) -> str:
+    """A share for the CSV file; nothing where there is none."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def _total(correction: CorrectionName, study: Study, num_steps: int) -> int:
+    """Network steps that T counted steps take."""
+    return get_inference(correction, study.correction_steps).total_steps(num_steps)
+
+
+def _summary(
+    study: Study, cells: Cells, network: Network, correction: CorrectionName
+) -> list[dict[str, str]]:
+    """Means and deviations over the seeds that gave a network; below, what the paper states."""
+    of_line = _of(study, cells, network, correction)
+    noisy = [m["ann_noisy"] for m in of_line]
+    measured = {
+        "method": network.name,
+        "correction": correction,
+        "steps before": str(_total(correction, study, 0)),
+        "seeds": str(len(of_line)),
+        "ANN noisy": "" if None in noisy else _mean(noisy),
+        "ANN": _mean([m["ann"] for m in of_line]),
+        **{f"T = {t}": _mean([m["accuracy"][t - 1] for m in of_line]) for t in _steps(study)},
+    }
+    config = config_of(Cell(network, correction, 0), study)
+    paper = published(
+        config.model, network.method, config.levels, config.epochs, correction
+    )
+    if paper is None:
+        return [measured]
+    stated = {f"T = {t}": f"{accuracy:.2f}" for t, accuracy in paper.snn.items()}
+    beside = {"method": "the paper", "ANN": f"{paper.ann:.2f}", **stated}
+    return [measured, {column: beside.get(column, "") for column in measured}]
+
+
+def _of(study: Study, cells: Cells, network: Network, correction: CorrectionName) -> list[Any]:
+    measured = [cells[Cell(network, correction, seed)] for seed in range(study.seeds)]
+    return [m for m in measured if "failed" not in m]
+
+
+def _mean(shares: Sequence[float]) -> str:
+    """Mean and sample deviation in %; no deviation of one, nothing of none."""
+    if not shares:
+        return "failed"
+    mean = f"{100 * np.mean(shares):.2f}"
+    return mean if len(shares) == 1 else f"{mean}±{100 * np.std(shares, ddof=1):.2f}"
+
+
+def _curve(
+    study: Study, cells: Cells, network: Network, correction: CorrectionName, label: str
+) -> Curve:
+    of_line = _of(study, cells, network, correction)
+    shares = np.array([m["accuracy"] for m in of_line] or [[np.nan] * study.num_steps])
+    deviation = shares.std(0, ddof=1) if len(shares) > 1 else np.zeros(study.num_steps)
+    return Curve(label, shares.mean(0).tolist(), deviation.tolist(), _total(correction, study, 0))

@@ -1,0 +1,197 @@
+import dataclasses
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from nadaptor import demo
+from nadaptor.cli.command import run_door
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a door as the shell does; returns its exit code, stdout and stderr."""
+
+    def run(door, *args):
+        monkeypatch.setattr("sys.argv", [door, *map(str, args)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / door), run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def refused(result, *words, code=2):
+    """Whether a door ended with one readable line that holds these words."""
+    found, _, err = result
+    assert found == code, result
+    assert len(err.splitlines()) == 1, err
+    for word in words:
+        assert word in err
+
+
+def test_the_three_doors_do_the_whole_job(call, tiny, tmp_path):
+    sizes = ["--model", tiny.model, "--epochs", tiny.epochs, "--workdir", tmp_path]
+    code, out, _ = call("train.py", "digits_relu", *sizes)
+    assert code == 0
+    code, out, _ = call("train.py", "digits_lsq", *sizes)
+    assert (code, out.splitlines()[-1]) == (0, f"checkpoint: {tmp_path}/digits_lsq/checkpoint")
+    code, out, _ = call("convert.py", tmp_path / "digits_lsq/checkpoint", "--num-images", 8)
+    assert code == 0
+    assert out.count("ok ") == 6
+    assert "FAILED" not in out
+    code, out, _ = call("simulate.py", tmp_path / "digits_lsq/snn", "--num-steps", 2)
+    assert code == 0
+    assert "T = 2" in out
+    written = sorted(p.name for p in (tmp_path / "digits_lsq/simulation-validation").iterdir())
+    assert written == ["accuracy.csv", "accuracy.png", "report.json"]
+
+
+def test_an_unknown_config_gets_a_suggestion(call, tmp_path):
+    result = call("train.py", "digits_n", "--workdir", tmp_path / "new")
+    refused(result, "train.py: unknown config 'digits_n'; did you mean 'digits_na'?")
+    refused(call("train.py", "mnist"), "'mnist'; there are ", "digits_na")
+    refused(call("train.py"), "unknown config ''; there are ")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "word"),
+    [
+        ("--epochs", "0", "epochs must be a positive int, not 0"),
+        ("--levels", "-1", "levels must be a positive int"),
+        ("--learning-rate", "nan", "learning_rate must be a number >= 0, not nan"),
+        ("--model", "digits_resnet21", "did you mean 'digits_resnet20'"),
+        ("--dataset", "digit", "did you mean 'digits'"),
+        ("--parent", "digits_rel", "did you mean 'digits_relu'"),
+    ],
+)
+def test_a_bad_override_is_named_and_nothing_is_written(call, tmp_path, option, value, word):
+    refused(call("train.py", "digits_na", option, value, "--workdir", tmp_path / "new"), word)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("option", ["--epoch-s", "--sead"])
+def test_an_unknown_option_ends_with_exit_code_2(call, option):
+    code, _, err = call("train.py", "digits_na", option, "1")
+    assert code == 2
+    assert option in err
+
+
+@pytest.mark.parametrize("door", ["convert.py", "simulate.py"])
+def test_a_missing_or_foreign_checkpoint_is_refused(call, tmp_path, door):
+    (tmp_path / "foreign").mkdir()
+    refused(call(door, tmp_path / "none"), f"no checkpoint at {tmp_path}/none")
+    refused(call(door, tmp_path / "foreign"), "is not a checkpoint of nadaptor")
+    assert [p.name for p in tmp_path.iterdir()] == ["foreign"]
+
+
+def test_a_checkpoint_of_the_wrong_kind_is_refused(call, runs):
+    refused(call("simulate.py", runs / "digits_na/checkpoint"), "this needs 'snn'")
+    refused(call("convert.py", runs / "digits_relu/checkpoint"), "full-precision network")
+    refused(call("convert.py", runs / "digits_na/checkpoint"), "exists already")
+
+
+def test_no_time_steps_are_refused(call, runs):
+    refused(call("simulate.py", runs / "digits_na/snn", "--num-steps", 0), "not 0")
+
+
+def test_a_flipped_byte_is_refused_and_nothing_written(call, runs, tmp_path):
+    shutil.copytree(runs / "digits_na/checkpoint", tmp_path / "checkpoint")
+    files = [p for p in (tmp_path / "checkpoint/arrays").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    refused(call("convert.py", tmp_path / "checkpoint"), "damaged")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_run_that_fails_ends_with_exit_code_1(call, runs, tmp_path):
+    shutil.copytree(runs / "digits_relu", tmp_path / "digits_relu")
+    small = ["--model", "digits_resnet8", "--epochs", 1, "--workdir", tmp_path]
+    result = call("train.py", "digits_na", "--learning-rate", "1e20", *small)
+    refused(result, "the loss is nan at step", code=1)
+
+
+def test_a_defect_keeps_its_traceback():
+    with pytest.raises(ValueError, match="invalid literal"):
+        run_door(lambda: int("x"))
+
+
+def test_the_demo_makes_its_table_and_files(tmp_path, tiny, monkeypatch, capsys):
+    configs = {
+        name: dataclasses.replace(tiny, name=name, activation=activation, epochs=1)
+        for name, activation in (("digits_lsq", "lsq"), ("digits_na", "noise_adaptor"))
+    }
+    monkeypatch.setattr(demo, "get_config", configs.get)
+    monkeypatch.setattr(demo, "STEPS", (1, 3))
+    demo.demo(seeds=2, workdir=tmp_path)
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
+        "accuracy.png",
+        "report.json",
+        "table.csv",
+    ]
+    table = (tmp_path / "results" / "table.csv").read_text().splitlines()
+    assert table[0] == "noise adaptor,ANN noisy,ANN deterministic,T = 1,T = 3"
+    assert [row.split(",")[0] for row in table[1:]] == ["without", "with"]
+    assert "| without " in capsys.readouterr().out
+
+
+def test_the_demo_needs_seeds_for_a_deviation(tmp_path):
+    with pytest.raises(ValueError, match="seeds must be at least 2"):
+        demo.demo(seeds=1, workdir=tmp_path)
+
+
+@pytest.mark.parametrize("users", [None, "/the/users/own"])
+def test_a_door_keeps_what_it_compiles_where_the_user_says(users, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if users:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", users)
+    limit, folder = "jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_dir"
+    before = {name: jax.config.values[name] for name in (limit, folder)}
+    jax.config.update(folder, users)  # jax reads the variable at its import
+    try:
+        run_door(lambda: None)
+        expected = users or str(tmp_path / "nadaptor" / "xla")
+        assert jax.config.values[folder] == expected
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_simulating_uses_every_core_or_what_the_user_says():
+    script = (
+        "from nadaptor.cli.command import use_every_core; use_every_core();"
+        "import jax, os; print(len(jax.devices()), len(os.sched_getaffinity(0)))"
+    )
+
+    def devices(**environment):
+        kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**kept, **environment},
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        return [int(number) for number in done.stdout.split()]
+
+    used, cores = devices()
+    assert used == cores
+    assert devices(XLA_FLAGS="--xla_force_host_platform_device_count=3")[0] == 3

@@ -1,0 +1,101 @@
+import functools
+import json
+
+import chex
+import jax
+import pytest
+
+import nadaptor
+from nadaptor.checkpoints.checkpoint import load_checkpoint
+from nadaptor.conversion import convert as conversion
+from nadaptor.conversion.identities import Check, check_conversion
+from nadaptor.data.registry import load_split
+from nadaptor.models import Lsq, create, fold_batch_norm
+from nadaptor.training import RunError, convert, load_snn
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def network(levels):
+    """A network with random weights, folded and not, and a batch."""
+    images = load_split("digits", "validation", 150).images[:16]
+    activation = functools.partial(Lsq, levels=levels)
+    model, folded = (
+        create("digits_resnet8", 10, activation=activation, **norm) for norm in ({}, {"norm": None})
+    )
+    variables = jax.jit(model.init)(jax.random.key(levels), images)
+    # Moments of the data, as after training: with those of the start, deep layers are silent.
+    for _ in range(20):
+        _, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        variables = {**variables, **updated}
+    return model, variables, folded, fold_batch_norm(variables), levels, images
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_the_identities_hold_for_random_weights(levels):
+    checks = check_conversion(*network(levels))
+    assert len(checks) == 6
+    assert all(check.holds for check in checks), "\n".join(map(str, checks))
+
+
+def test_every_kind_of_mistake_fails_a_check():
+    model, variables, folded, good, levels, images = network(2)
+    wrong_fold = fold_batch_norm(variables, epsilon=0.1)
+    wrong_scale = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (1.5 if "quant_scale" in str(path) else 1), good
+    )
+    for name, bad, p in (
+        ("folding, largest", wrong_fold, levels),
+        ("folding, largest", wrong_scale, levels),
+        ("T = 1", good, levels + 1),
+    ):
+        checks = check_conversion(model, variables, folded, bad, p, images)
+        failed = [check.name for check in checks if not check.holds]
+        assert any(name in check for check in failed), (name, failed)
+
+
+def test_a_check_that_is_not_a_number_does_not_hold():
+    assert not Check("x", float("nan"), 1.0).holds
+    assert "FAILED" in str(Check("x", float("nan"), 1.0))
+    assert Check("x", 1.0, 1.0).holds
+
+
+def test_the_card_says_what_the_spiking_network_is(runs):
+    card = json.loads((runs / "digits_na" / "snn" / "card.json").read_text())
+    source = json.loads((runs / "digits_na" / "checkpoint" / "card.json").read_text())
+    variables, _ = load_checkpoint(runs / "digits_na" / "checkpoint", "ann")
+    scale = variables["params"]["layer1_0"]["act1"]["quant_scale"]
+    assert card["thresholds"]["layer1_0/act1"] == pytest.approx(2 * float(scale))
+    assert len(card["thresholds"]) == 7
+    assert (card["model"], card["levels"]) == ("digits_resnet8", 2)
+    assert card["source"] == source["card_digest"]
+    assert card["config"] == source["config"]
+    assert [check["holds"] for check in card["checks"]] == [True] * 6
+
+
+def test_the_loaded_network_simulates_and_is_the_quantized_network_at_one_step(runs):
+    model, variables, config = load_snn(runs / "digits_na" / "snn")
+    assert config.name == "digits_na"
+    images = load_split("digits", "validation", 150).images[:4]
+    layers = nadaptor.spiking(model.apply, variables, images).layers
+    assert [layer.levels for layer in layers] == [2] * 7
+    sim = nadaptor.simulate(model.apply, variables, images, num_steps=2)
+    chex.assert_shape(sim.outputs, (2, 4, 10))
+
+
+def test_a_failing_check_writes_nothing(runs, tmp_path, monkeypatch):
+    fold = functools.partial(fold_batch_norm, epsilon=0.1)
+    monkeypatch.setattr(conversion, "fold_batch_norm", fold)
+    with pytest.raises(RunError, match="checks failed, nothing written; the first: FAILED folding"):
+        convert(runs / "digits_na" / "checkpoint", tmp_path / "snn")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match="is a full-precision network, in which nothing would"):
+        convert(runs / "digits_relu" / "checkpoint", tmp_path / "snn")
+    with pytest.raises(ValueError, match="exists already"):
+        convert(runs / "digits_na" / "checkpoint", runs / "digits_na" / "snn")
+    with pytest.raises(ValueError, match="num_images must be at least 2"):
+        convert(runs / "digits_na" / "checkpoint", tmp_path / "snn", num_images=1)
+    assert list(tmp_path.iterdir()) == []

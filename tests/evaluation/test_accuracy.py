@@ -1,0 +1,88 @@
+import chex
+import jax
+import numpy as np
+import pytest
+
+import nadaptor
+from nadaptor.configs.build import build_model
+from nadaptor.conversion.convert import build_folded
+from nadaptor.data.registry import Split, load_split
+from nadaptor.evaluation.accuracy import BATCH_SIZE, ann_accuracy, snn_accuracy
+from nadaptor.reports.plots import Curve, plot_accuracy
+from nadaptor.training import load_snn, simulate_checkpoint, write_report
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def snn(runs):
+    return load_snn(runs / "digits_na" / "snn")
+
+
+@pytest.fixture(scope="module")
+def split():
+    # One full batch, and one that is padded.
+    return Split(*(x[: BATCH_SIZE + 5] for x in load_split("digits", "validation", 150)))
+
+
+def test_the_accuracy_is_the_share_of_right_predictions_padding_or_not(snn, split):
+    model, variables, _ = snn
+    predictions = jax.jit(model.apply)(variables, split.images).argmax(-1)
+    right = np.asarray(predictions) == split.labels
+    assert ann_accuracy(model, variables, split) == pytest.approx(right.mean())
+
+
+def test_the_spiking_accuracy_is_that_of_a_direct_simulation_at_every_step(snn, split):
+    model, variables, _ = snn
+    report = snn_accuracy(model, variables, split, num_steps=3)
+    sim = jax.jit(lambda v, x: nadaptor.simulate(model.apply, v, x, num_steps=3)[:2])(
+        variables, split.images
+    )
+    direct = (sim[0].argmax(-1) == split.labels).mean(1)
+    chex.assert_trees_all_close(np.array(report.accuracy), np.array(direct), atol=0.011)
+    means = [float(counts.mean()) for counts in sim[1]]
+    chex.assert_trees_all_close(list(report.spikes_per_neuron.values()), means, rtol=0.01)
+    assert list(report.spikes_per_neuron)[:2] == ["ResNet/act1", "ResNet/layer1_0/act1"]
+
+
+def test_more_steps_or_chunks_do_not_change_the_earlier_ones(snn, split):
+    model, variables, _ = snn
+    short = snn_accuracy(model, variables, split, num_steps=2).accuracy
+    long = snn_accuracy(model, variables, split, num_steps=5, steps_per_chunk=2).accuracy
+    chex.assert_trees_all_close(short, long[:2], atol=0.011)
+
+
+def test_noise_is_on_where_a_key_is_given_and_the_layers_have_it(snn, split):
+    model, variables, config = snn
+    noisy = build_model(config, folded=True)
+    quiet = ann_accuracy(model, variables, split)
+    assert ann_accuracy(noisy, variables, split) == quiet
+    assert ann_accuracy(build_folded(config), variables, split, jax.random.key(0)) == quiet
+    draws = {ann_accuracy(noisy, variables, split, jax.random.key(i)) for i in range(4)}
+    assert len(draws) > 1
+
+
+def test_the_report_is_what_its_files_hold(runs, tmp_path, capsys):
+    report = simulate_checkpoint(runs / "digits_na" / "snn", 3, "validation")
+    write_report(report, tmp_path / "out")
+    rows = (tmp_path / "out" / "accuracy.csv").read_text().splitlines()
+    assert rows == ["t,accuracy", *(f"{t + 1},{a}" for t, a in enumerate(report["accuracy"]))]
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "report.json").exists()
+    printed = capsys.readouterr().out
+    assert f"T = 3 {100 * report['accuracy'][2]:.2f} %" in printed
+    assert report["num_images"] == 150
+    assert report["split"] == "validation"
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 1.5])
+def test_a_number_of_steps_below_one_is_refused(runs, num_steps):
+    with pytest.raises(ValueError, match=f"num_steps must be a positive int, not {num_steps}"):
+        simulate_checkpoint(runs / "digits_na" / "snn", num_steps, "validation")
+
+
+def test_the_same_curves_draw_the_same_file(tmp_path):
+    curves = [Curve("a", [0.5, 0.75], [0.0, 0.1])]
+    for name in ("a.png", "b.png"):
+        plot_accuracy(curves, "accuracy, %", tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

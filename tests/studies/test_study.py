@@ -1,0 +1,174 @@
+"""The study: its cells, its resumption, and figures that are those of the runs."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from nadaptor.configs.config import check_config
+from nadaptor.configs.inference import CORRECTIONS, get_inference
+from nadaptor.configs.tables import published
+from nadaptor.data.registry import load_split
+from nadaptor.errors import RunError
+from nadaptor.evaluation.accuracy import snn_accuracy
+from nadaptor.studies import study as grid
+from nadaptor.studies.named import STUDIES
+from nadaptor.studies.study import Study, cells_of, config_of, run_study
+from nadaptor.studies.table import write_study
+from nadaptor.training import load_snn
+
+pytestmark = pytest.mark.usefixtures("quick")
+STUDY = Study(
+    methods=("lsq",),
+    levels=(2,),
+    seeds=1,
+    corrections=("none", "srp"),
+    model="digits_resnet8",
+    epochs=1,
+    num_steps=5,
+    correction_steps=3,
+)
+
+
+@pytest.fixture(scope="module")
+def done(runs, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("study")
+    shutil.copytree(runs / "digits_relu", workdir / "seed0" / "digits_relu")
+    return workdir, run_study(STUDY, workdir)
+
+
+def test_a_study_has_a_cell_for_every_combination_and_one_network_where_p_is_fixed():
+    cells = list(cells_of(Study(seeds=2)))
+    assert len(cells) == len(set(cells)) == (4 * 3 + 2) * 4 * 2
+
+
+def test_each_cell_is_a_simulation_of_its_network(done):
+    workdir, cells = done
+    cell = next(c for c in cells if c.correction == "srp")
+    snn = load_snn(workdir / "seed0" / cell.network.name / "snn")
+    images = load_split("digits", "validation", 150)
+    expected = snn_accuracy(*snn[:2], images, 5, inference=get_inference("srp", 3))
+    assert cells[cell]["accuracy"] == expected.accuracy
+    assert cells[cell]["total_steps"] == 8
+
+
+def test_a_study_resumes_with_the_cells_that_are_missing(done, monkeypatch):
+    workdir, cells = done
+    measured = []
+
+    def measure(cell, study, folder, options):
+        measured.append(cell)
+        return {key: value for key, value in cells[cell].items() if key not in ("settings", "made")}
+
+    monkeypatch.setattr(grid, "_measure", measure)
+    removed = workdir / "cells" / "validation" / "lsq_p2-none-seed0.json"
+    removed.unlink()
+    assert run_study(STUDY, workdir) == cells
+    assert [(c.network.name, c.correction, c.seed) for c in measured] == [("lsq_p2", "none", 0)]
+
+
+def test_cells_of_other_settings_are_refused(done):
+    with pytest.raises(ValueError, match="another correction_steps; choose another workdir"):
+        run_study(dataclasses.replace(STUDY, correction_steps=4), done[0])
+    with pytest.raises(ValueError, match="another config"):
+        run_study(dataclasses.replace(STUDY, epochs=2), done[0])
+
+
+def made_up(study):
+    """Cells of a study with accuracies that rise with t and differ between seeds."""
+    return {
+        cell: {
+            "ann": 0.9,
+            "ann_noisy": 0.8,
+            "made": {"date": "2026-01-02", "machine": "abacus", "commit": "c0ffee"},
+            "accuracy": [0.1 * (t + 1) + 0.01 * cell.seed for t in range(study.num_steps)],
+            "total_steps": study.num_steps + (3 if cell.correction == "srp" else 0),
+        }
+        for cell in cells_of(study)
+    }
+
+
+def test_the_files_hold_the_means_of_the_cells(tmp_path, capsys):
+    study = dataclasses.replace(STUDY, methods=("lsq", "ttrbr"), seeds=2)
+    cells = made_up(study)
+    write_study(study, cells, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "grid.csv").read_text().splitlines()))
+    assert len(rows) == len(cells) * 4  # t = 1, 2, 4 and 5
+    assert {int(r["network_steps"]) - int(r["t"]) for r in rows if r["correction"] == "srp"} == {3}
+    assert {r["machine"] for r in rows} == {"abacus"}
+    assert {r["levels"] for r in rows if r["method"] == "ttrbr"} == {"32"}
+    table = (tmp_path / "table.md").read_text()
+    line = next(line for line in table.splitlines() if "lsq_p2" in line)
+    assert [cell.strip() for cell in line.split("|")][3:-1] == [
+        "0", "2", "80.00±0.00", "90.00±0.00",
+        "10.50±0.71", "20.50±0.71", "40.50±0.71", "50.50±0.71",
+    ]
+    assert table in capsys.readouterr().out
+    for name in ("accuracy.png", "total_steps.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_network_that_fails_is_a_cell_that_says_so(tmp_path, monkeypatch):
+    def fail(config, workdir, options):
+        raise RunError("the loss is nan at step 1; lower the learning rate")
+
+    monkeypatch.setattr(grid, "train", fail)
+    study = dataclasses.replace(STUDY, methods=("lsq",), seeds=1)
+    cells = run_study(study, tmp_path)
+    assert all(m["failed"].startswith("the loss is nan") for m in cells.values())
+    write_study(study, cells, tmp_path / "out")
+    assert "failed" in (tmp_path / "out" / "table.md").read_text()
+    cell = tmp_path / "cells" / "validation" / "lsq_p2-none-seed0.json"
+    assert json.loads(cell.read_text())["settings"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_named_study_is_valid_and_says_how_it_is_run(name):
+    assert f"python -m nadaptor.study {name}" in STUDIES[name].__doc__
+    configs = [check_config(config_of(cell, STUDIES[name]())) for cell in cells_of(STUDIES[name]())]
+    assert len({(c.name, c.seed) for c in configs}) == len(set(configs))
+
+
+def test_a_variant_changes_its_own_field_alone():
+    study = Study(methods=("noise_adaptor", "noise_adaptor_exact"), levels=(2,), seeds=1)
+    plain, exact = (config_of(c, study) for c in cells_of(study) if c.correction == "none")
+    assert dataclasses.replace(plain, name=exact.name, gradient="exact") == exact
+
+
+def test_the_papers_figures_stand_below_a_network_of_its_tables(tmp_path):
+    study = dataclasses.replace(
+        STUDIES["cifar10"](), seeds=1, levels=(2,), num_steps=4, corrections=("none", "srp")
+    )
+    write_study(study, made_up(study), tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    below = {row[0]: cells[i + 1] for i, row in enumerate(cells) if row[1] == "none"}
+    assert below["lsq_p2"][4:] == ["", "95.50", "91.62", "93.65", "95.18"]
+    assert below["noise_adaptor_p2"][4:] == ["", "94.97", "93.71", "95.26", "95.95"]
+    assert sum(row[0] == "the paper" for row in cells) == 2  # it has no figures with SRP
+
+
+def test_the_table_of_corrections_is_of_one_network():
+    found = published("cifar_resnet18", "noise_adaptor", 2, 160, "offset-spikes")
+    assert found is not None and found.snn[1] == 95.82
+    assert published("cifar_resnet18", "lsq", 2, 160, "offset-spikes") is None
+    assert published("cifar_resnet18", "noise_adaptor", 2, 10, "none") is None
+
+
+@pytest.mark.parametrize("field", ["seeds", "num_steps"])
+def test_counts_below_one_are_refused(tmp_path, field):
+    with pytest.raises(ValueError, match=field):
+        run_study(dataclasses.replace(STUDY, **{field: 0}), tmp_path)
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_only_the_two_stage_corrections_spend_steps(name):
+    spent = get_inference(name, 6).total_steps(10) - 10
+    assert spent == (0 if name in ("none", "negative-spikes") else 6)
+
+
+def test_an_unknown_correction_is_refused():
+    with pytest.raises(ValueError, match="there are none, negative-spikes"):
+        get_inference("other")

@@ -1,0 +1,92 @@
+"""Early exit against what a plain loop over examples gives, and that it saves the steps it can."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import nadaptor
+from nadaptor.early_exit import early_exit, simulate_until_sure
+
+
+def test_early_exit_is_what_a_loop_over_examples_gives():
+    outputs = jax.random.normal(jax.random.key(0), (6, 20, 4)) * 2
+    thresholds = [0.0, 0.5, 0.8, 0.95, 1.1]
+    exits = early_exit(outputs, jnp.array(thresholds))
+    confidence = np.asarray(jax.nn.softmax(outputs).max(-1))
+    for m, threshold in enumerate(thresholds):
+        for b in range(20):
+            t = next((t for t in range(6) if confidence[t, b] >= np.float32(threshold)), 5)
+            assert exits.steps[m, b] == t + 1
+            assert exits.predictions[m, b] == outputs[t, b].argmax()
+
+
+def test_a_higher_threshold_never_stops_earlier():
+    outputs = jax.random.normal(jax.random.key(1), (8, 50, 10))
+    steps = early_exit(outputs, jnp.linspace(0, 1.1, 12)).steps
+    assert (jnp.diff(steps, axis=0) >= 0).all()
+    assert (steps[0] == 1).all()
+    assert (steps[-1] == 8).all()
+
+
+@pytest.mark.parametrize(("outputs", "thresholds"), [((4,), (1,)), ((4, 3), ())])
+def test_early_exit_refuses_other_shapes(outputs, thresholds):
+    with pytest.raises(ValueError, match="vector of thresholds"):
+        early_exit(jnp.zeros(outputs), jnp.zeros(thresholds))
+
+
+def classify(weights, x):
+    return nadaptor.lsq(nadaptor.lsq(x @ weights[0], 0.5, 2) @ weights[1], 0.5, 2) @ weights[2]
+
+
+WEIGHTS = jnp.round(4 * jax.random.normal(jax.random.key(2), (3, 6, 6))) / 4
+INPUTS = jnp.round(4 * jax.random.normal(jax.random.key(3), (10, 6))) / 4
+STEPS = 9
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.6, 0.9, 1.1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"steps_per_chunk": 4},
+        {"in_axes": (None, 0), "tile_size": 4, "steps_per_chunk": 2},
+        {"correction": nadaptor.OffsetSpikes(2)},
+    ],
+    ids=["plain", "chunks", "tiles", "correction"],
+)
+def test_running_until_sure_gives_what_the_whole_simulation_gives(confidence, options):
+    sim = nadaptor.simulate(classify, WEIGHTS, INPUTS, num_steps=STEPS, **options)
+    expected = early_exit(sim.outputs, jnp.array([confidence]))
+    found = simulate_until_sure(
+        classify, WEIGHTS, INPUTS, num_steps=STEPS, confidence=confidence, **options
+    )
+    chex.assert_trees_all_equal(found, expected)
+
+
+class Counting(nadaptor.IntegrateAndFire):
+    """A neuron that says when it is run."""
+
+    def step(self, state, x, levels):
+        jax.debug.callback(lambda: RUNS.append(1))
+        return super().step(state, x, levels)
+
+
+RUNS: list[int] = []
+
+
+@pytest.mark.parametrize(("confidence", "steps"), [(0.0, 2), (1.1, 8)])
+def test_steps_that_no_example_needs_are_not_run(confidence, steps):
+    RUNS.clear()
+    options = {"num_steps": 8, "steps_per_chunk": 2, "neuron": Counting()}
+    simulate_until_sure(classify, WEIGHTS, INPUTS, confidence=confidence, **options)
+    jax.effects_barrier()
+    assert len(RUNS) == 2 * steps  # two layers
+
+
+def test_outputs_that_are_no_logits_are_refused():
+    with pytest.raises(ValueError, match=r"logits \[B, classes\], not \(6,\)"):
+        simulate_until_sure(
+            lambda x: nadaptor.lsq(x, 0.5, 2), INPUTS[0], num_steps=2, confidence=0.5
+        )
