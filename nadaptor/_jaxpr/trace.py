@@ -41,7 +41,7 @@ _INTERACTIVE = ("<stdin>", "<ipython-input", "<python-input")
 # Frames between a library function and the tracer, which are no name for what the user called.
 _PLUMBING = {"current", "custom_jvp", "custom_vjp", "ufunc", "bind", "wrapper"}
 _PLUMBING |= {"scope_fn", "run_interceptors"}
-_MODELS = os.path.join(os.path.dirname(__file__), "models") + os.sep
+_MODELS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models") + os.sep
 
 
 class Place(NamedTuple):
