@@ -23,9 +23,9 @@ def git(folder, *arguments):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     package = tmp_path / "package"
-    (package / "training").mkdir(parents=True)
+    package.mkdir()
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(module, "__file__", str(package / "training" / "provenance.py"))
+    monkeypatch.setattr(module, "__file__", str(package / "_provenance.py"))
     git(tmp_path, "init", "-q")
     return tmp_path
 
