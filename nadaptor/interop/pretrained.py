@@ -16,6 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from nadaptor.interop.torch_file import read_torch_file
+from nadaptor.interop.torch_pickle import shown
 from nadaptor.models import is_scale
 
 _LEAVES = {
@@ -27,8 +28,28 @@ _LEAVES = {
 }
 _ALIASES = {"linear": "fc", "shortcut": "downsample"}
 _WRAPPERS = ("module.", "_orig_mod.")
+# Wrapped so often, and with names so long, no network is.
+_MAX_WRAPPED, _MAX_NAME = 4, 1000
 _HEAD = "fc."
 _SHOWN = 8
+_SAFETENSORS = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U64",
+    "U32",
+    "U16",
+    "U8",
+    "BOOL",
+    "C64",
+)
+# About 200,000 arrays.
+_MAX_HEADER = 2**24
 
 
 def load_pretrained(
@@ -105,7 +126,8 @@ def from_torch(
 
     Raises:
         ValueError: names are missing or unexpected, shapes differ, or the head has another class
-            count and `new_head` is False; the message lists them.
+            count and `new_head` is False; the message lists them. Or an array holds integers,
+            complex numbers, a value that is not finite or a negative variance.
 
     Example:
         >>> variables = {"params": {"fc": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}}}
@@ -128,39 +150,56 @@ def from_torch(
         state = {name: array for name, array in state.items() if not name.startswith(_HEAD)}
     _check_fit({names[path]: leaves[path].shape for path in leaves.keys() - kept}, state)
     loaded = {
-        path: leaf if path in kept else jnp.asarray(_ours(state[names[path]]), jnp.float32)
+        path: leaf if path in kept else jnp.asarray(_ours(_numbers(names[path], state)))
         for path, leaf in leaves.items()
     }
     return traverse_util.unflatten_dict(loaded)
 
 
 def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if _MAX_HEADER < header < Path(path).stat().st_size:
+            raise ValueError(
+                f"cannot read {path}: its header of {header} bytes describes no network"
+            )
+        with safe_open(path, "np") as file:
+            names = list(file.keys())
+            for name in names:
+                if (dtype := file.get_slice(name).get_dtype()) not in _SAFETENSORS:
+                    raise ValueError(
+                        f"cannot read {path}: {shown(name)} is of {shown(dtype)}, which NumPy has "
+                        "not; convert it to float32 first"
+                    )
+            return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"cannot read {path}: truncated or damaged ({error})") from error
+        reason = shown(" ".join(str(error).split()))
+        raise ValueError(f"cannot read {path}: truncated or damaged ({reason})") from error
 
 
 def _canonical(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The state dict under torchvision's names, without what has no place in a network of ours."""
+    if long := [name for name in state if len(name) > _MAX_NAME]:
+        raise ValueError(f"the name {shown(long[0])} has {len(long[0])} letters")
     canonical: dict[str, np.ndarray] = {}
     for name, array in _unwrapped(state).items():
         parts = [_ALIASES.get(part, part) for part in name.split(".")]
         if parts[-1] == "num_batches_tracked":
             continue
         if ".".join(parts) in canonical:
-            raise ValueError(f"the state dict has two arrays for {'.'.join(parts)}; one is {name}")
+            twice = shown(".".join(parts))
+            raise ValueError(f"the state dict has two arrays for {twice}; one is {shown(name)}")
         canonical[".".join(parts)] = array
     return canonical
 
 
 def _unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    for wrapper in _WRAPPERS:
+    for wrapper in _WRAPPERS * _MAX_WRAPPED:
         if state and all(name.startswith(wrapper) for name in state):
-            return _unwrapped({name.removeprefix(wrapper): a for name, a in state.items()})
+            state = {name.removeprefix(wrapper): a for name, a in state.items()}
     return state
 
 
@@ -174,6 +213,20 @@ def _torch_name(path: tuple[str, ...]) -> str:
     return ".".join(
         [*(block.replace("_", ".") for block in blocks), layer, _LEAVES.get(path[-1], path[-1])]
     )
+
+
+def _numbers(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray:
+    """An array in float32, its numbers such as a network can have."""
+    array = state[name]
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} is of {array.dtype}, and weights are floating point numbers")
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(array, np.float32)
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} holds a value that is not finite in float32")
+    if name.endswith("running_var") and (numbers < 0).any():
+        raise ValueError(f"{name} holds a variance of {numbers.min()}, which is negative")
+    return numbers
 
 
 def _ours(array: np.ndarray) -> np.ndarray:
@@ -196,7 +249,7 @@ def _check_kept(head: Iterable[Any]) -> None:
 def _check_fit(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray]) -> None:
     """Raises one error with everything that does not fit."""
     wrong = {
-        name: f"{name} {state[name].shape} instead of {shape}"
+        name: f"{shown(name)} {state[name].shape} instead of {shape}"
         for name, shape in ((name, _torch_shape(shape)) for name, shape in expected.items())
         if name in state and state[name].shape != shape
     }
@@ -221,4 +274,4 @@ def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _listed(what: str, names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
-    return f"{what}: {', '.join(ordered[:_SHOWN])}{more}" if ordered else ""
+    return f"{what}: {', '.join(map(shown, ordered[:_SHOWN]))}{more}" if ordered else ""

@@ -1,62 +1,45 @@
 """Reads the tensors of a torch checkpoint with no torch, and runs nothing that the file holds.
 
-A checkpoint is a pickle, and a pickle may call any function it names. The unpickler here knows
-ordered dictionaries and tensors; any other name is refused before anything is called. A tensor
-comes out of the pickle as a description (storage, offset, shape, strides), and its numbers are
-read afterwards, within the bounds of its storage. Both of torch's layouts are read: the zip archive
-(torch 1.6 and later) and the stream of pickles before it.
+A checkpoint is a pickle, which `torch_pickle` interprets, and the numbers that it describes. The
+file is read into memory once, and an array is a view of that: many names of one storage cost it
+once. Both of torch's layouts are read: the zip archive (torch 1.6 and later) and the stream of
+pickles before it. A file may come from a stranger: reading it takes at most four times its size in
+memory, and a few seconds more than an honest file of its size.
 """
 
-import collections
 import math
-import os
-import pickle
-import zipfile
-from collections.abc import Callable, Mapping
+import struct
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
+
+from nadaptor.interop.torch_pickle import RefusedError, Storage, Tensor, load_pickle, shown
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
-_DTYPES = {
-    "DoubleStorage": np.dtype("<f8"),
-    "FloatStorage": np.dtype("<f4"),
-    "HalfStorage": np.dtype("<f2"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype("<i8"),
-    "IntStorage": np.dtype("<i4"),
-    "ShortStorage": np.dtype("<i2"),
-    "CharStorage": np.dtype("i1"),
-    "ByteStorage": np.dtype("u1"),
-    "BoolStorage": np.dtype("?"),
-}
+# Tied weights have several names; more than this, in multiples of the file's size, is an attack.
+_MOST = 4
+_MAX_RECORDS = 2**16
+_END, _END64, _LOCATOR, _RECORD, _LOCAL = (
+    b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2", b"PK\3\4"
+)  # fmt: skip
+
+Storages = Callable[[Storage], np.ndarray]
 
 
-class _Storage(NamedTuple):
-    """A flat run of numbers in the file."""
+class _Record(NamedTuple):
+    """A record of a zip archive, as its directory has it."""
 
-    key: str
-    kind: str
+    name: str
+    flags: int
+    method: int
+    crc: int
+    stored: int
     size: int
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _DTYPES[self.kind]
-
-
-class _Tensor(NamedTuple):
-    """A strided view of a storage; offset and strides count elements."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-Storages = Callable[[_Storage], np.ndarray]
+    header: int  # its first byte
 
 
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
@@ -69,11 +52,13 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         path: the file, in torch's zip or legacy layout, little-endian.
 
     Returns:
-        Arrays by name, in the file's order, dtypes (bfloat16 included) and torch's axis order.
+        Arrays by name, in the file's order, dtypes (bfloat16 included) and torch's axis order. They
+        are views of the file's content, and cannot be written to.
 
     Raises:
-        ValueError: the file is missing, truncated or damaged, holds no tensors, or names a global
-            other than those of a tensor; the message says which.
+        ValueError: the file is missing, no regular file, truncated or damaged, holds no tensors or
+            tensors of more than four times its size, or names a global other than those of a
+            tensor; the message says which.
 
     Example:
         >>> read_torch_file("missing.pth")
@@ -83,139 +68,171 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     Source: torch/serialization.py and torch/_utils.py of PyTorch, for both layouts.
     """
     try:
-        with open(path, "rb") as file:
-            state, storages = (_open_zip if _is_zip(file) else _open_legacy)(file)
-            return {name: _array(tensor, storages) for name, tensor in _tensors(state).items()}
+        if not Path(path).is_file() and not Path(path).is_dir() and Path(path).exists():
+            raise RefusedError("it is no regular file")
+        data = Path(path).read_bytes()
+        state, storages = (_open_zip if data.startswith(_LOCAL) else _open_legacy)(data)
+        tensors = _tensors(state)
+        _check_total(tensors.values(), len(data))
+        return {name: _array(tensor, storages) for name, tensor in tensors.items()}
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
-    # A hostile or damaged pickle can fail in any way: nothing it does is worth a traceback.
-    except Exception as error:
-        reason = error if isinstance(error, _RefusedError) else f"truncated or damaged ({error!r})"
-        raise ValueError(f"cannot read {path}: {reason}") from error
+    except RefusedError as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    # What else a damaged file fails with: numbers that are none, records that are not there.
+    except (LookupError, ValueError, TypeError, OverflowError, struct.error) as error:
+        raise ValueError(f"cannot read {path}: truncated or damaged") from error
 
 
-class _RefusedError(ValueError):
-    """What a file asks for and does not get, as one readable line."""
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds plain containers, numbers and strings, ordered dictionaries and tensors."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file, encoding="utf-8")
-        self.storages: dict[str, _Storage] = {}
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        name = f"{module_name}.{global_name}"
-        if name == "collections.OrderedDict":
-            return collections.OrderedDict
-        if name in ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"):
-            return _RebuildTensor()
-        if name == "torch._utils._rebuild_parameter":
-            return _RebuildParameter()
-        if module_name == "torch" and global_name in _DTYPES:
-            return global_name
-        raise _RefusedError(
-            f"it asks for {name}, and only tensors and ordered dictionaries are built; save a "
-            "plain state dict, or use .safetensors"
-        )
-
-    def persistent_load(self, pid: Any, /) -> _Storage:
-        tag, kind, key, _, size, *view = pid
-        if tag != "storage" or kind not in _DTYPES or any(part is not None for part in view):
-            raise _RefusedError(f"it holds a storage of an unknown sort: {kind!r}")
-        return self.storages.setdefault(str(key), _Storage(str(key), kind, _count(size)))
-
-
-class _RebuildTensor:
-    # A pickle can set the attributes of what find_class returns: a slotted instance has none,
-    # where a function would take them and keep them for the next file.
-    __slots__ = ()
-
-    def __call__(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-        tensor = _Tensor(
-            storage, _count(offset), tuple(map(_count, shape)), tuple(map(_count, strides))
-        )
-        if not isinstance(storage, _Storage) or len(tensor.shape) != len(tensor.strides):
-            raise _RefusedError("it holds a tensor without a storage, or with too few strides")
-        return tensor
-
-
-class _RebuildParameter:
-    __slots__ = ()
-
-    def __call__(self, data: Any, *rest: Any) -> Any:
-        return data
-
-
-def _is_zip(file: BinaryIO) -> bool:
-    # Not zipfile.is_zipfile, which a truncated archive fails.
-    magic = file.read(4)
-    file.seek(0)
-    return magic == b"PK\x03\x04"
-
-
-def _open_zip(file: BinaryIO) -> tuple[Any, Storages]:
-    archive = zipfile.ZipFile(file)
-    pickled = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+def _open_zip(data: bytes) -> tuple[Any, Storages]:
+    """An archive: the pickle `data.pkl`, and a record for each storage in `data/`."""
+    records = {record.name: record for record in _directory(data)}
+    pickled = [name for name in records if name.split("/")[1:] == ["data.pkl"]]
     if len(pickled) != 1:
-        raise _RefusedError("it is a zip archive but no torch checkpoint: no data.pkl in a folder")
+        raise RefusedError("it is a zip archive but no torch checkpoint: no data.pkl in a folder")
     root = pickled[0].removesuffix("data.pkl")
-    if f"{root}byteorder" in archive.namelist():
-        _check_little_endian(archive.read(f"{root}byteorder") == b"little")
+    if f"{root}byteorder" in records:
+        order = _content(data, records[f"{root}byteorder"])
+        _check_little_endian(bytes(order) == b"little")
+    state = load_pickle(bytes(_content(data, records[pickled[0]]))).value
+    read: dict[str, np.ndarray] = {}
 
-    def storages(storage: _Storage) -> np.ndarray:
-        name = f"{root}data/{storage.key}"
-        # Before reading: a small archive may promise to unpack to terabytes.
-        if archive.getinfo(name).file_size != storage.size * storage.dtype.itemsize:
-            raise _RefusedError(f"its record {name} is not of {storage.size} {storage.kind} values")
-        return np.frombuffer(archive.read(name), storage.dtype)
+    def storages(storage: Storage) -> np.ndarray:
+        if storage.key not in read:
+            record = records[f"{root}data/{storage.key}"]
+            if record.size != storage.size * storage.dtype.itemsize:
+                of = f"{storage.size} {storage.kind} values"
+                raise RefusedError(f"its record {shown(record.name)} is not of {of}")
+            read[storage.key] = np.frombuffer(_content(data, record), storage.dtype)
+            if sum(array.nbytes for array in read.values()) > len(data):
+                raise RefusedError("its records lie on each other")
+        return read[storage.key]
 
-    with archive.open(pickled[0]) as stream:
-        return _Unpickler(stream).load(), storages
+    return state, storages
 
 
-def _open_legacy(file: BinaryIO) -> tuple[Any, Storages]:
+def _directory(data: bytes) -> Iterable[_Record]:
+    """The records of a zip archive, by the directory at its end.
+
+    Source: PKWARE's APPNOTE.TXT, 4.3.12 to 4.3.16.
+    """
+    # The directory ends at most so many bytes before the file does: a comment has two for its size.
+    end = data.rfind(_END, max(0, len(data) - 2**16 - 22))
+    if end < 0:
+        raise RefusedError("it is truncated: the directory of its zip archive is missing")
+    count, _, place = struct.unpack_from("<HII", data, end + 10)
+    if end >= 20 and data[end - 20 : end - 16] == _LOCATOR:
+        (end64,) = struct.unpack_from("<Q", data, end - 12)
+        if data[end64 : end64 + 4] != _END64:
+            raise RefusedError("the directory of its zip archive is damaged")
+        count, _, place = struct.unpack_from("<QQQ", data, end64 + 32)
+    if count > _MAX_RECORDS:
+        raise RefusedError(f"it has {count} records; save a plain state dict")
+    for _ in range(count):
+        record, place = _record(data, place)
+        yield record
+
+
+def _record(data: bytes, place: int) -> tuple[_Record, int]:
+    """The record whose entry of the directory begins at a byte, and the byte after that."""
+    if data[place : place + 4] != _RECORD:
+        raise RefusedError("the directory of its zip archive is damaged")
+    flags, method, crc, stored, size, named, extra, comment, header = struct.unpack_from(
+        "<HH4xIIIHHH8xI", data, place + 8
+    )
+    name = data[place + 46 : place + 46 + named]
+    more = data[place + 46 + named : place + 46 + named + extra]
+    size, stored, header = _wide(more, size, stored, header)
+    record = _Record(name.decode("utf-8", "replace"), flags, method, crc, stored, size, header)
+    return record, place + 46 + named + extra + comment
+
+
+def _wide(extra: bytes, *values: int) -> list[int]:
+    """The values of 32 bits, in place of each that is all ones the one of 64 bits."""
+    wide = b""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        wide = extra[4 : 4 + length] if kind == 1 else wide
+        extra = extra[4 + length :]
+    found = []
+    for value in values:
+        if value == 0xFFFFFFFF:
+            (value,), wide = struct.unpack_from("<Q", wide), wide[8:]
+        found.append(value)
+    return found
+
+
+def _content(data: bytes, record: _Record) -> memoryview:
+    """The bytes of a record, in place."""
+    name = shown(record.name)
+    if record.method != 0 or record.flags & 1 or record.stored != record.size:
+        raise RefusedError(f"its record {name} is compressed or encrypted, which torch never does")
+    if data[record.header : record.header + 4] != _LOCAL:
+        raise RefusedError(f"its record {name} is damaged")
+    named, extra = struct.unpack_from("<HH", data, record.header + 26)
+    start = record.header + 30 + named + extra
+    content = memoryview(data)[start : start + record.size]
+    if len(content) != record.size:
+        raise RefusedError(f"it is truncated: its record {name} is cut off")
+    if zlib.crc32(content) != record.crc:
+        raise RefusedError(f"its record {name} is damaged: its CRC-32 is another")
+    return content
+
+
+def _open_legacy(data: bytes) -> tuple[Any, Storages]:
     """A stream: magic, version, machine, the object, the order of the storages, the storages."""
-    if _Unpickler(file).load() != _LEGACY_MAGIC:
-        raise _RefusedError("it is no torch checkpoint: torch's magic number is missing")
-    _Unpickler(file).load()
-    _check_little_endian(_Unpickler(file).load()["little_endian"])
-    unpickler = _Unpickler(file)
-    state, keys = unpickler.load(), _Unpickler(file).load()
-    contents = {}
-    for key in map(str, keys):
-        storage = unpickler.storages[key]
-        size = int.from_bytes(_exactly(file, 8), "little")
-        if size != storage.size:
-            raise _RefusedError(f"its storage {key} has {size} values, not {storage.size}")
-        data = _exactly(file, size * storage.dtype.itemsize)
-        contents[key] = np.frombuffer(data, storage.dtype)
-    return state, lambda storage: contents[storage.key]
+    magic, _, place = load_pickle(data)
+    if type(magic) is not int or magic != _LEGACY_MAGIC:
+        raise RefusedError("it is no torch checkpoint: torch's magic number is missing")
+    machine = load_pickle(data, load_pickle(data, place).end)
+    _check_little_endian(type(machine.value) is dict and machine.value["little_endian"])
+    state, described, place = load_pickle(data, machine.end)
+    keys, _, place = load_pickle(data, place)
+    if type(keys) is not list or any(type(key) is not str for key in keys):
+        raise RefusedError("its list of storages is damaged")
+    read = {}
+    for key in keys:
+        storage = described[key]
+        read[key], place = _legacy_storage(data, place, storage)
+    return state, lambda storage: read[storage.key]
 
 
-def _exactly(file: BinaryIO, size: int) -> bytes:
-    missing = size - (os.fstat(file.fileno()).st_size - file.tell())
-    if missing > 0:
-        raise _RefusedError(f"it is truncated: {missing} bytes of a storage are missing")
-    return file.read(size)
+def _legacy_storage(data: bytes, place: int, storage: Storage) -> tuple[np.ndarray, int]:
+    """The numbers of the storage that begins at a byte, and the byte after them."""
+    if place + 8 > len(data):
+        raise RefusedError("it is truncated: a storage is missing")
+    (size,) = struct.unpack_from("<q", data, place)
+    if size != storage.size:
+        raise RefusedError(
+            f"its storage {shown(storage.key)} has {size} values, not {storage.size}"
+        )
+    end = place + 8 + size * storage.dtype.itemsize
+    if end > len(data):
+        raise RefusedError(f"it is truncated: {end - len(data)} bytes of a storage are missing")
+    return np.frombuffer(data, storage.dtype, size, place + 8), end
 
 
-def _tensors(state: Any) -> dict[str, _Tensor]:
+def _tensors(state: Any) -> dict[str, Tensor]:
     """The tensors of the state dict that the file is or contains."""
-    outer = state if isinstance(state, Mapping) else {}
-    inner = [outer[name] for name in _CONTAINERS if isinstance(outer.get(name), Mapping)]
+    outer = state if type(state) is dict else {}
+    inner = [outer[name] for name in _CONTAINERS if type(outer.get(name)) is dict]
     entries = inner[0] if inner else outer
-    tensors = {str(k): v for k, v in entries.items() if isinstance(v, _Tensor)}
+    tensors = {str(k): v for k, v in entries.items() if type(v) is Tensor}
     if not tensors:
-        raise _RefusedError(
+        raise RefusedError(
             f"it holds no state dict: no mapping of names to tensors in it or under "
             f"{', '.join(_CONTAINERS)}"
         )
     return tensors
 
 
-def _array(tensor: _Tensor, storages: Storages) -> np.ndarray:
+def _check_total(tensors: Iterable[Tensor], file_size: int) -> None:
+    total = sum(math.prod(t.shape) * t.storage.dtype.itemsize for t in tensors)
+    if total > _MOST * file_size:
+        raise RefusedError(f"its tensors would take {total} bytes, and it has {file_size}")
+
+
+def _array(tensor: Tensor, storages: Storages) -> np.ndarray:
     """The numbers of a tensor; its view must lie within its storage, without repetition."""
     flat, size = storages(tensor.storage), math.prod(tensor.shape)
     if size == 0:
@@ -223,21 +240,15 @@ def _array(tensor: _Tensor, storages: Storages) -> np.ndarray:
     steps = zip(tensor.shape, tensor.strides, strict=True)
     last = tensor.offset + sum((count - 1) * stride for count, stride in steps)
     if last >= flat.size or size > flat.size:
-        raise _RefusedError(
+        raise RefusedError(
             f"its tensor of shape {tensor.shape} at offset {tensor.offset} with strides "
             f"{tensor.strides} leaves or repeats its storage of {flat.size} values"
         )
     strides = [stride * flat.itemsize for stride in tensor.strides]
-    view = np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides)
-    return view.copy()
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise _RefusedError(f"it holds a size, stride or offset that is no count: {value!r}")
-    return value
+    at = flat[tensor.offset :]
+    return np.lib.stride_tricks.as_strided(at, tensor.shape, strides, writeable=False)
 
 
 def _check_little_endian(little: Any) -> None:
     if not little:
-        raise _RefusedError("it was written on a big-endian machine")
+        raise RefusedError("it was written on a big-endian machine")

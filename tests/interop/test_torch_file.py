@@ -211,7 +211,7 @@ def test_the_attack_works_on_the_ordinary_unpickler(tmp_path):
 
 @pytest.mark.parametrize("name", ["_rebuild_tensor_v2", "_rebuild_parameter"])
 def test_a_pickle_cannot_leave_anything_behind_in_the_reader(write, torch, name):
-    """BUILD sets attributes of what a global gives; nothing here takes them."""
+    """BUILD sets attributes of what a global gives; here it takes a mapping alone."""
     stream = b"\x80\x02ctorch._utils\n" + name.encode() + b"\n}X\x06\x00\x00\x00poison\x88sb."
     path = write({}, [])
     if zipfile.is_zipfile(path):
@@ -220,7 +220,7 @@ def test_a_pickle_cannot_leave_anything_behind_in_the_reader(write, torch, name)
     else:
         header = [MAGIC, 1001, {"little_endian": True}]
         path.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in header) + stream)
-    with pytest.raises(ValueError, match="truncated or damaged"):
+    with pytest.raises(ValueError, match=r"where torch writes dict|no torch"):
         read_torch_file(path)
 
 
@@ -237,7 +237,9 @@ def test_a_pickle_cannot_leave_anything_behind_in_the_reader(write, torch, name)
 def test_a_view_outside_its_storage_is_refused(write, torch, shape, strides, offset):
     storage = Storage("0", numbers(6))
     path = write({"x": tensor(torch, storage, shape, strides, offset)}, [storage])
-    with pytest.raises(ValueError, match="leaves or repeats its storage of 6 values"):
+    with pytest.raises(
+        ValueError, match=r"leaves or repeats its storage of 6 values|would take \d+ bytes"
+    ):
         read_torch_file(path)
 
 
@@ -275,7 +277,7 @@ def test_a_flipped_bit_in_a_zip_is_detected(torch, tmp_path):
     whole = bytearray(path.read_bytes())
     whole[whole.index(storage.array.tobytes()) + 9] ^= 1
     path.write_bytes(whole)
-    with pytest.raises(ValueError, match="Bad CRC"):
+    with pytest.raises(ValueError, match="its CRC-32 is another"):
         read_torch_file(path)
 
 
