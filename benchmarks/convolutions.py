@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from benchmarks.timing import compiled, in_turn, median, ratio
-from nadaptor._execution.convolution import by_position, in_pairs
+from nadaptor._execution.convolution import in_pairs, kn2row
 from nadaptor._execution.winograd import (
     convolve,
     convolve_rows,
@@ -63,7 +63,7 @@ def time_shape(channels: int, size: int, options: Options) -> dict[str, Any]:
     for name, f, filters in (
         ("xla", direct, w),
         ("pairs", in_pairs, w),
-        ("positions", by_position, w),
+        ("positions", kn2row, w),
         ("winograd", convolve, jax.jit(transform_filter)(w)),
         ("height", convolve_rows, jax.jit(transform_filter_rows)(w)),
     ):

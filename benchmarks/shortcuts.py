@@ -20,7 +20,7 @@ from benchmarks.networks import Network, load
 from benchmarks.timing import compiled, in_turn, median, ratio
 from nadaptor._files import write_csv, write_json
 from nadaptor._provenance import provenance
-from nadaptor.early_exit import early_exit, simulate_until_sure
+from nadaptor.early_exit import early_exit, simulate_with_early_exit
 from nadaptor.reports.tables import markdown
 from nadaptor.simulation import run_chunk, start_carry
 
@@ -114,7 +114,7 @@ def until_sure(
     network: Network, options: Options, size: int, variables: Any, images: jax.Array
 ) -> Any:
     """The steps and predictions, with no more steps than a tile needs."""
-    run = functools.partial(simulate_until_sure, network.model.apply, variables, images)
+    run = functools.partial(simulate_with_early_exit, network.model.apply, variables, images)
     sizes = {"num_steps": options.num_steps, "in_axes": (None, 0), "tile_size": size}
     return run(**sizes, confidence=options.confidence, steps_per_chunk=1)
 

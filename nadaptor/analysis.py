@@ -88,7 +88,7 @@ def layer_errors(
     wanted = analog_activations(net, prepared, reference)
     rates = _rates(net, prepared, check_count(num_steps, "num_steps"), correction)
     return {
-        layer.name: jnp.abs(rate - q / layer.levels).mean()
+        layer.name: jnp.abs(rate - q / layer.threshold).mean()
         for layer, rate, q in zip(net.layers, rates, wanted, strict=True)
     }
 
@@ -108,7 +108,7 @@ def analog_activations(
     """
 
     def activate(i: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        clipped = jnp.clip(x, 0, net.layers[i].levels)
+        clipped = jnp.clip(x, 0, net.layers[i].threshold)
         a = round_half_up(clipped) if reference == "rounded" else clipped
         return a, a
 
@@ -119,18 +119,18 @@ def _rates(
     net: SpikingNetwork, prepared: Prepared, num_steps: int, correction: Correction | None
 ) -> list[jax.Array]:
     """Mean output of every neuron over T steps, in units of its threshold, signs included."""
-    state = net.place(correction.start(net, prepared)) if correction else net.init(prepared)
-    totals = net.place([jnp.zeros(layer.shape, jnp.float32) for layer in net.layers])
+    state = net.shard(correction.start(net, prepared)) if correction else net.init(prepared)
+    totals = net.shard([jnp.zeros(layer.shape, jnp.float32) for layer in net.layers])
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         state, totals = carry
 
         def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
-            after, out = net.neuron.step(state[i], x, net.layers[i].levels)
+            after, out = net.neuron.step(state[i], x, net.layers[i].threshold)
             return (after, totals[i] + out), out
 
         return tuple(zip(*net.propagate(prepared, fire)[0], strict=True)), None
 
     (_, totals), _ = jax.lax.scan(step, (state, totals), length=num_steps)
     pairs = zip(totals, net.layers, strict=True)
-    return [total / (num_steps * layer.levels) for total, layer in pairs]
+    return [total / (num_steps * layer.threshold) for total, layer in pairs]

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
+from nadaptor.quantizers import mmse_scale
 from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 
 Rule = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -60,7 +61,7 @@ class Calibration(NamedTuple):
                 f"{len(net.layers)}; calibrate the function that you convert"
             )
         layers = tuple(
-            layer._replace(levels=threshold, start=start, bias=bias)
+            layer._replace(threshold=threshold, start=start, bias=bias)
             for layer, threshold, start, bias in zip(net.layers, *self, strict=True)
         )
         return dataclasses.replace(net, layers=layers)
@@ -102,7 +103,7 @@ def percentile(percent: float = 99.9) -> Rule:
     return rule
 
 
-def smallest_error(num_steps: int) -> Rule:
+def mmse(num_steps: int) -> Rule:
     """The threshold at which T steps represent the activations best (MMSE).
 
     Of the 95 candidates `max * (1 - 0.01 i)`, i = 0 to 94, the one with the smallest mean of
@@ -117,26 +118,14 @@ def smallest_error(num_steps: int) -> Rule:
 
     Example:
         >>> a = jnp.array([1.0, 1.0, 1.0, 1.02])
-        >>> round(smallest_error(1)(a, (0,)).item(), 2)
+        >>> round(mmse(1)(a, (0,)).item(), 2)
         1.01
 
     Source: Li et al., A free lunch from ANN: towards efficient, accurate spiking neural networks
     calibration, 2021.
     """
     steps = check_count(num_steps, "num_steps")
-
-    def rule(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        largest = a.max(axes, keepdims=True)
-
-        def error(factor: jax.Array) -> jax.Array:
-            th = jnp.maximum(largest * factor, _SMALLEST)
-            rounded = th * jnp.clip(jnp.floor(steps * a / th + 0.5) / steps, 0, 1)
-            return ((a - rounded) ** 2).mean(axes, keepdims=True)
-
-        factors = 1 - 0.01 * jnp.arange(95)
-        return largest * factors[jax.lax.map(error, factors).argmin(0)]
-
-    return rule
+    return lambda a, axes: steps * mmse_scale(a, steps, axes)
 
 
 def calibrate_thresholds(
@@ -151,7 +140,7 @@ def calibrate_thresholds(
         f: function with `clipped_relu` in the place of each ReLU. Its thresholds are not used: the
             activations are measured without a clip.
         *args: its arguments, with a batch of data.
-        rule: `maximum()`, `percentile(...)` or `smallest_error(...)`; None for `percentile(99.9)`.
+        rule: `maximum()`, `percentile(...)` or `mmse(...)`; None for `percentile(99.9)`.
         channel_axis: axis of the layers' arrays along which each entry has a threshold of its own;
             None for one threshold a layer.
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
+from nadaptor._execution.placement import shard_like
 from nadaptor.neurons import IntegrateAndFire, State
-from nadaptor.transformation import Prepared, SpikingNetwork, place_like
+from nadaptor.transformation import Prepared, SpikingNetwork
 
 Saturated = Literal["capped", "published"]
 
@@ -72,11 +73,11 @@ class OffsetSpikes:
 
         def fire(i: int, x: jax.Array) -> tuple[State, jax.Array]:
             layer = net.layers[i]
-            begin = neuron.init(layer.shape, layer.levels, layer.start)
-            begin = place_like(begin, jax.typeof(x))
-            corrected = begin + layer.levels * self._shift(_observe(begin, x, layer.levels))
-            _, out = jax.lax.scan(lambda u, c: neuron.step(u, c, layer.levels), corrected, x)
-            return net.neuron.init(layer.shape, layer.levels, corrected), out
+            begin = neuron.init(layer.shape, layer.threshold, layer.start)
+            begin = shard_like(begin, jax.typeof(x))
+            corrected = begin + layer.threshold * self._shift(_observe(begin, x, layer.threshold))
+            _, out = jax.lax.scan(lambda u, c: neuron.step(u, c, layer.threshold), corrected, x)
+            return net.neuron.init(layer.shape, layer.threshold, corrected), out
 
         return net.propagate(prepared, fire, steps=self.num_steps)[0]
 
@@ -132,28 +133,31 @@ class Srp:
             # From -inf no current can lift a neuron to its threshold.
             net.neuron.init(
                 layer.shape,
-                layer.levels,
-                jnp.where(u > 1e-3 * layer.levels, layer.start, -jnp.inf),
+                layer.threshold,
+                jnp.where(u > 1e-3 * layer.threshold, layer.start, -jnp.inf),
             )
             for layer, u in zip(net.layers, potentials, strict=True)
         )
 
 
-def _observe(begin: jax.Array, currents: jax.Array, levels: int) -> _Record:
+def _observe(begin: jax.Array, currents: jax.Array, threshold: int) -> _Record:
     """Runs the first stage of one layer and records what `OffsetSpikes` needs."""
     neuron = IntegrateAndFire()
 
     def step(seen: tuple[jax.Array, _Record], x: jax.Array) -> tuple[tuple, None]:
         u, record = seen
-        after, out = neuron.step(u, x, levels)
-        before, fired = (u + x) / levels, out > 0
-        return (after, _Record(
-            after / levels,
-            record.fired | fired,
-            jnp.minimum(record.lowest_fired, jnp.where(fired, before, jnp.inf)),
-            jnp.maximum(record.highest_silent, jnp.where(fired, -jnp.inf, before)),
-        )), None
+        after, out = neuron.step(u, x, threshold)
+        before, fired = (u + x) / threshold, out > 0
+        return (
+            after,
+            _Record(
+                after / threshold,
+                record.fired | fired,
+                jnp.minimum(record.lowest_fired, jnp.where(fired, before, jnp.inf)),
+                jnp.maximum(record.highest_silent, jnp.where(fired, -jnp.inf, before)),
+            ),
+        ), None
 
     infinite = jnp.full_like(begin, jnp.inf)
-    record = _Record(begin / levels, jnp.zeros_like(begin, bool), infinite, -infinite)
+    record = _Record(begin / threshold, jnp.zeros_like(begin, bool), infinite, -infinite)
     return jax.lax.scan(step, (begin, record), currents)[0][1]

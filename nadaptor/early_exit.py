@@ -1,7 +1,7 @@
 """Early exit: each example stops at the first time step at which its prediction is sure enough.
 
 `early_exit` reads it off a whole simulation, for many confidences at once;
-`simulate_until_sure` does not run the steps that no example needs any more.
+`simulate_with_early_exit` does not run the steps that no example needs any more.
 """
 
 import functools
@@ -76,7 +76,7 @@ def early_exit(outputs: jax.Array, thresholds: jax.Array) -> EarlyExit:
     return EarlyExit((index + 1).astype(jnp.int32), predictions.astype(jnp.int32))
 
 
-def simulate_until_sure(
+def simulate_with_early_exit(
     f: Callable[..., Any],
     *args: Any,
     num_steps: int,
@@ -116,7 +116,7 @@ def simulate_until_sure(
         >>> import nadaptor
         >>> f = lambda v: nadaptor.lsq(v, 1.0, levels=2)
         >>> v = jnp.array([[4.0, 0.0], [0.3, 0.2]])
-        >>> exits = simulate_until_sure(f, v, num_steps=8, confidence=0.8)
+        >>> exits = simulate_with_early_exit(f, v, num_steps=8, confidence=0.8)
         >>> exits.steps.tolist(), exits.predictions.tolist()
         ([[1, 8]], [[0, 0]])
 
@@ -129,7 +129,7 @@ def simulate_until_sure(
         carry = start_carry(net, prepared, correction)
         if getattr(carry.total, "ndim", None) != 2:
             raise ValueError(
-                "simulate_until_sure needs a function that returns logits [B, classes], not "
+                "simulate_with_early_exit needs a function that returns logits [B, classes], not "
                 f"{jax.tree.map(jnp.shape, carry.total)}"
             )
         running = jnp.zeros(carry.total.shape[0], jnp.int32)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-Levels = int | jax.Array
+Threshold = int | jax.Array
 """The threshold in units of the scale; an array where a calibration has set it."""
 
 State = Any
@@ -22,15 +22,15 @@ State = Any
 class Neuron(Protocol):
     """What the simulator asks of a neuron; write your own with these two functions."""
 
-    def init(self, shape: tuple[int, ...], levels: Levels, start: float | jax.Array) -> State:
+    def init(self, shape: tuple[int, ...], threshold: Threshold, start: float | jax.Array) -> State:
         """Returns the state before the first step, its potential `start` broadcast to `shape`."""
         ...
 
-    def step(self, state: State, x: jax.Array, levels: Levels) -> tuple[State, jax.Array]:
+    def step(self, state: State, x: jax.Array, threshold: Threshold) -> tuple[State, jax.Array]:
         """Takes the input current of one step; returns the new state and the output.
 
         Potential, current and output are float32, in units of the scale: a spike is an output of
-        `levels`.
+        `threshold`.
         """
         ...
 
@@ -39,19 +39,19 @@ class Neuron(Protocol):
 class IntegrateAndFire:
     """Integrate-and-fire with reset by subtraction (Eq. 1, 2).
 
-    Each step `u += x`; where `u >= levels` the neuron fires, gives out `levels` and `u -= levels`.
+    Each step `u += x`; where `u >= th` the neuron fires, gives out `th` and `u -= th`.
     The state is the potential u, float32 whatever the network's compute dtype: in bfloat16 it
     would lose count. It starts at half the threshold.
 
     Attributes:
         surrogate: derivative that stands in for the step function's in a backward pass, as a
-            function of the distance to the threshold `u/levels - 1` (see `triangle`). None leaves
-            the true derivative, which is zero.
+            function of the distance to the threshold `u/threshold - 1` (see `triangle`). None
+            leaves the true derivative, which is zero.
 
     Example:
         >>> neuron = IntegrateAndFire()
-        >>> u = neuron.init((), levels=2, start=1.0)
-        >>> u, out = neuron.step(u, jnp.float32(1.5), levels=2)
+        >>> u = neuron.init((), threshold=2, start=1.0)
+        >>> u, out = neuron.step(u, jnp.float32(1.5), threshold=2)
         >>> float(u), float(out)
         (0.5, 2.0)
 
@@ -60,14 +60,18 @@ class IntegrateAndFire:
 
     surrogate: Callable[[jax.Array], jax.Array] | None = None
 
-    def init(self, shape: tuple[int, ...], levels: Levels, start: float | jax.Array) -> jax.Array:
+    def init(
+        self, shape: tuple[int, ...], threshold: Threshold, start: float | jax.Array
+    ) -> jax.Array:
         """Returns the potential before the first step: `start`, in units of the scale."""
         return jnp.full(shape, start, jnp.float32)
 
-    def step(self, state: jax.Array, x: jax.Array, levels: Levels) -> tuple[jax.Array, jax.Array]:
-        """Adds one step's current `x` to the potential and fires where it reaches `levels`."""
+    def step(
+        self, state: jax.Array, x: jax.Array, threshold: Threshold
+    ) -> tuple[jax.Array, jax.Array]:
+        """Adds one step's current `x` to the potential and fires where it reaches `threshold`."""
         u = state + x
-        out = levels * fire(u, levels, self.surrogate)
+        out = threshold * fire(u, threshold, self.surrogate)
         return u - out, out
 
 
@@ -83,44 +87,47 @@ class SignedIntegrateAndFire:
     """Integrate-and-fire that takes a spike back by a negative one.
 
     After the step of `IntegrateAndFire`: where the potential is at most -0.001 thresholds and the
-    net count of spikes is positive, the neuron gives out `-levels`, `u += levels` and the count
-    falls by one. At the first step it does what the plain neuron does.
+    net count of spikes is positive, the neuron gives out `-th`, `u += th` and the count falls by
+    one. At the first step it does what the plain neuron does.
 
     Example:
         >>> neuron = SignedIntegrateAndFire()
-        >>> state = neuron.init((), levels=2, start=1.0)
-        >>> state, first = neuron.step(state, jnp.float32(1.0), levels=2)
-        >>> state, second = neuron.step(state, jnp.float32(-1.0), levels=2)
+        >>> state = neuron.init((), threshold=2, start=1.0)
+        >>> state, first = neuron.step(state, jnp.float32(1.0), threshold=2)
+        >>> state, second = neuron.step(state, jnp.float32(-1.0), threshold=2)
         >>> float(first), float(second)
         (2.0, -2.0)
 
     Source: Li et al., Quantization framework for fast spiking neural networks, 2022 (QFFS).
     """
 
-    def init(self, shape: tuple[int, ...], levels: Levels, start: float | jax.Array) -> SignedState:
+    def init(
+        self, shape: tuple[int, ...], threshold: Threshold, start: float | jax.Array
+    ) -> SignedState:
         """Returns the state before the first step: potential `start`, no spikes."""
         return SignedState(jnp.full(shape, start, jnp.float32), jnp.zeros(shape, jnp.float32))
 
     def step(
-        self, state: SignedState, x: jax.Array, levels: Levels
+        self, state: SignedState, x: jax.Array, threshold: Threshold
     ) -> tuple[SignedState, jax.Array]:
         """Runs one plain step, then takes a spike back where too many were sent."""
         u = state.potential + x
-        spikes = fire(u, levels)
-        u, net = u - levels * spikes, state.net_spikes + spikes
-        back = ((u <= -1e-3 * levels) & (net > 0)).astype(u.dtype)
-        return SignedState(u + levels * back, net - back), levels * (spikes - back)
+        spikes = fire(u, threshold)
+        u, net = u - threshold * spikes, state.net_spikes + spikes
+        back = ((u <= -1e-3 * threshold) & (net > 0)).astype(u.dtype)
+        return SignedState(u + threshold * back, net - back), threshold * (spikes - back)
 
 
 def fire(
-    u: jax.Array, levels: Levels, surrogate: Callable[[jax.Array], jax.Array] | None = None
+    u: jax.Array, threshold: Threshold, surrogate: Callable[[jax.Array], jax.Array] | None = None
 ) -> jax.Array:
     """Returns 1 where the potential has reached the threshold, else 0 (Eq. 2).
 
     Args:
         u: potential in units of the scale, any shape.
-        levels: the threshold in the same units.
-        surrogate: derivative to use in a backward pass, a function of `u/levels - 1`; None for 0.
+        threshold: the threshold in the same units.
+        surrogate: derivative to use in a backward pass, a function of `u/threshold - 1`; None
+            for 0.
 
     Returns:
         Spikes z in {0, 1}, with the shape and dtype of `u`.
@@ -129,10 +136,10 @@ def fire(
         >>> fire(jnp.array([1.9, 2.0]), 2)
         Array([0., 1.], dtype=float32)
     """
-    spikes = (u >= levels).astype(u.dtype)
+    spikes = (u >= threshold).astype(u.dtype)
     if surrogate is None:
         return spikes
-    distance = u / levels - 1
+    distance = u / threshold - 1
     return _with_derivative(surrogate)(distance, jax.lax.stop_gradient(spikes))
 
 

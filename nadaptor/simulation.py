@@ -13,10 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
+from nadaptor._execution.placement import shard_like
 from nadaptor._execution.shards import in_shards
-from nadaptor._execution.tiles import SHARED, batch_axis, choose, examples, in_tiles, merge
+from nadaptor._execution.tiles import (
+    SHARED,
+    batch_axis,
+    choose_sizes,
+    example_axes,
+    in_tiles,
+    merge_axes,
+)
 from nadaptor.neurons import IntegrateAndFire, Neuron, State
-from nadaptor.transformation import Prepared, SpikingNetwork, place_like, spiking
+from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 
 R = TypeVar("R")
 
@@ -129,7 +137,7 @@ def simulate(
     if devices is None:
         return run_part(*args)
     _check_independent("devices", list(devices), in_axes)
-    axes, number = examples(in_axes, args)
+    axes, number = example_axes(in_axes, args)
     net = convert(*args)
     return in_shards(
         run_part, args, axes, number, devices, lambda *part: out_axes(net, convert(*part))
@@ -164,9 +172,9 @@ def run_in_tiles(
     net = convert(*args)
     if in_axes is None:
         return run(net, net.prepare(*args), min(steps_per_chunk or 1, num_steps))
-    axes, number = examples(in_axes, args)
+    axes, number = example_axes(in_axes, args)
     shapes = [layer.shape for layer in net.layers]
-    tile, chunk = choose(shapes, number, num_steps, jax.default_backend())
+    tile, chunk = choose_sizes(shapes, number, num_steps, jax.default_backend())
     tile, chunk = tile_size or tile, min(steps_per_chunk or chunk, num_steps)
     if tile >= number:
         return run(net, net.prepare(*args), chunk)
@@ -208,7 +216,7 @@ def run_network(
         return run_chunk(net, prepared, carry, steps_per_chunk)
 
     carry, outputs = jax.lax.scan(body, carry, length=chunks)
-    outputs = jax.tree.map(lambda x: merge(x, 0), outputs)
+    outputs = jax.tree.map(lambda x: merge_axes(x, 0), outputs)
     if rest:
         carry, last = run_chunk(net, prepared, carry, rest)
         outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
@@ -218,13 +226,13 @@ def run_network(
 
 def start_carry(net: SpikingNetwork, prepared: Prepared, correction: Correction | None) -> Carry:
     """Returns what the first chunk begins with; the steps of the correction are run here."""
-    state = net.place(correction.start(net, prepared)) if correction else net.init(prepared)
+    state = net.shard(correction.start(net, prepared)) if correction else net.init(prepared)
     out = jax.eval_shape(net.step, state, prepared)[1]
 
     def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return place_like(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), x)
+        return shard_like(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), x)
 
-    counts = net.place([jnp.zeros(layer.shape, jnp.int32) for layer in net.layers])
+    counts = net.shard([jnp.zeros(layer.shape, jnp.int32) for layer in net.layers])
     return Carry(state, jax.tree.map(zeros, out), counts, jnp.int32(0))
 
 
@@ -234,15 +242,15 @@ def run_chunk(
     """Runs `size` steps together; returns the new carry and the running mean at each of them."""
 
     def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
-        levels = net.layers[i].levels
+        threshold = net.layers[i].threshold
         state, out = jax.lax.scan(
-            lambda s, current: net.neuron.step(s, current, levels),
+            lambda s, current: net.neuron.step(s, current, threshold),
             carry.state[i],
             x,
             unroll=size <= 8,
         )
         # XLA may divide by a constant through its reciprocal: 21 / 7 need not be 3.
-        spikes = jnp.round(jnp.abs(out).sum(0) / levels).astype(jnp.int32)
+        spikes = jnp.round(jnp.abs(out).sum(0) / threshold).astype(jnp.int32)
         return (state, carry.counts[i] + spikes), out
 
     kept, out = net.propagate(prepared, fire, steps=size)

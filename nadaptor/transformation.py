@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
-from jax.sharding import AxisType
 
-from nadaptor._execution.convolution import faster
+from nadaptor._execution.convolution import faster_convolution
+from nadaptor._execution.placement import shard_like
 from nadaptor._jaxpr.affine import check_affine, check_no_inner_mark, check_not_random
+from nadaptor._jaxpr.places import layer_name
+from nadaptor._jaxpr.summable import summable
 from nadaptor._jaxpr.trace import Atom, Op, Trace, reached, trace, variables
-from nadaptor.neurons import IntegrateAndFire, Neuron, State
+from nadaptor.neurons import IntegrateAndFire, Neuron, State, Threshold
 
 Prepared = tuple[jax.Array, ...]
 Activate = Callable[[int, jax.Array], tuple[Any, jax.Array]]
@@ -31,7 +33,7 @@ class Layer(NamedTuple):
 
     name: str  # the scopes around the activation, "ResNet/act1" and "ResNet/act1:2", or "layer0"
     shape: tuple[int, ...]
-    levels: int  # the threshold, in units of the scale
+    threshold: Threshold  # in units of the scale: the quantizer's levels, or a calibration's array
     start: float  # the potential before the first step, in units of the scale
     source: str  # the user's file and line
     bias: jax.Array | None = None  # added to the current at every step, in units of the scale
@@ -97,19 +99,19 @@ class SpikingNetwork:
 
     def init(self, prepared: Prepared) -> tuple[State, ...]:
         """Returns the state before the first time step, one entry for each layer."""
-        return self.place(
-            [self.neuron.init(layer.shape, layer.levels, layer.start) for layer in self.layers]
+        return self.shard(
+            [self.neuron.init(layer.shape, layer.threshold, layer.start) for layer in self.layers]
         )
 
-    def place(self, entries: Sequence[Any]) -> tuple[Any, ...]:
-        """Gives a pytree for each layer the place on a mesh that the layer has.
+    def shard(self, entries: Sequence[Any]) -> tuple[Any, ...]:
+        """Gives a pytree for each layer the sharding that the layer has.
 
         What a scan carries has to begin where it ends: on an explicit mesh with the layer's
         sharding, and inside `shard_map` with the axes along which the layer varies.
         """
         avals = [op.avals[0] for op in self._spiking if op.mark is not None]
         return tuple(
-            jax.tree.map(functools.partial(place_like, like=aval), entry)
+            jax.tree.map(functools.partial(shard_like, like=aval), entry)
             for entry, aval in zip(entries, avals, strict=True)
         )
 
@@ -125,7 +127,7 @@ class SpikingNetwork:
             after t steps is the mean of the outputs so far.
         """
         return self.propagate(
-            prepared, lambda i, x: self.neuron.step(state[i], x, self.layers[i].levels)
+            prepared, lambda i, x: self.neuron.step(state[i], x, self.layers[i].threshold)
         )
 
     def propagate(
@@ -223,7 +225,9 @@ def spiking(
     """
     closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
     backend = jax.default_backend()
-    traced = trace(closed, lambda eqn, spikes: faster(eqn, spikes, backend, fast_convolution))
+    traced = trace(
+        closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, fast_convolution)
+    )
     static, spiking_ops = _split(traced)
     _check_outputs(traced, jax.tree.leaves_with_path(shapes))
     made = {i for op in spiking_ops for i in op.outputs}
@@ -239,15 +243,6 @@ def spiking(
         _in_tree=jax.tree.structure(args),
         _out_tree=jax.tree.structure(shapes),
     )
-
-
-def place_like(x: jax.Array, like: Any) -> jax.Array:
-    """Gives `x` the place on a mesh that `like` has, an array's type or shape."""
-    sharding, manual = like.sharding, like.manual_axis_type
-    if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
-        x = jax.sharding.reshard(x, sharding) if x.shape == like.shape else x
-    axes = () if manual is None else manual.varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
 def _evaluate(ops: Sequence[Op], values: dict[int, Any]) -> None:
@@ -294,18 +289,11 @@ def _layers(spiking_ops: Sequence[Op]) -> tuple[Layer, ...]:
     uses: collections.Counter[str] = collections.Counter()
     for op in spiking_ops:
         if op.mark is not None:
-            name = _name(op.place.scope) or f"layer{len(layers)}"
+            name = layer_name(op.location.scope) or f"layer{len(layers)}"
             uses[name] += 1
             unique = name if uses[name] == 1 else f"{name}:{uses[name]}"
-            layers.append(Layer(unique, op.avals[0].shape, *op.mark, op.place.source))
+            layers.append(Layer(unique, op.avals[0].shape, *op.mark, op.location.source))
     return tuple(layers)
-
-
-def _name(scope: str) -> str:
-    """The named scopes without those that Flax adds for a method: "act1/act1.quantize" is act1."""
-    parts = scope.split("/")
-    pairs = zip(["", *parts[:-1]], parts, strict=True)
-    return "/".join(part for outer, part in pairs if not part.startswith(f"{outer}."))
 
 
 def _activate(
@@ -317,32 +305,10 @@ def _activate(
     if layer.bias is not None:
         current = current + layer.bias
     # The threshold of a calibrated layer is an array, and off every grid.
-    if isinstance(layer.levels, int):
-        current = _summable(current, layer.levels)
+    if isinstance(layer.threshold, int):
+        current = summable(current, layer.threshold)
     keep, out = activate(i, current)
     return keep, out.astype(x.dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _summable(x: jax.Array, levels: int) -> jax.Array:
-    """Rounds currents down to a grid on which sums are exact, on their side of every tie.
-
-    Float32 holds all multiples of the grid up to 2 * levels, the potential's range: however many
-    the steps, no spike comes or goes by rounding.
-    """
-    grid = 2.0 ** ((2 * levels - 1).bit_length() - 24)
-    # The half is added as the quantizer adds it: the float below 1/2 is a tie for both. A clip
-    # stands before it there, and here a bound that no current reaches. Else the compiler may fuse
-    # the addition with the product v * (1/s), and round once where the quantizer rounds twice.
-    bounded = jnp.maximum(x, -(2.0**30))
-    return jnp.floor((bounded + 0.5) / grid) * grid - 0.5
-
-
-@_summable.defjvp
-def _summable_jvp(
-    levels: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    return _summable(*primals, levels), tangents[0]
 
 
 def _read(values: dict[int, Any], atom: Atom) -> Any:

@@ -14,9 +14,9 @@ from nadaptor.calibration import (
     calibrate_potentials,
     calibrate_thresholds,
     maximum,
+    mmse,
     percentile,
     shift_biases,
-    smallest_error,
 )
 from nadaptor.simulation import run_network
 
@@ -85,7 +85,7 @@ def test_a_threshold_per_channel_is_that_of_the_channel_alone():
 @pytest.mark.parametrize("steps", [1, 4])
 def test_mmse_is_the_best_of_the_95_candidates(steps):
     a = np.abs(np.asarray(IMAGES[:8]))
-    found = smallest_error(steps)(jnp.asarray(a), (0, 1)).item()
+    found = mmse(steps)(jnp.asarray(a), (0, 1)).item()
     candidates = a.max() * (1 - 0.01 * np.arange(95))
 
     def squared(th):
@@ -98,7 +98,7 @@ def test_mmse_is_the_best_of_the_95_candidates(steps):
 
 def test_fewer_steps_want_a_lower_threshold():
     a = jnp.abs(IMAGES)
-    assert smallest_error(2)(a, (0, 1)) < smallest_error(32)(a, (0, 1))
+    assert mmse(2)(a, (0, 1)) < mmse(32)(a, (0, 1))
 
 
 def test_the_thresholds_do_not_depend_on_those_in_the_function():
@@ -184,7 +184,7 @@ def test_a_silent_layer_keeps_its_threshold():
 
 def test_everything_can_be_jitted():
     def run(weights, x):
-        found = calibrate_thresholds(clipped, weights, x, rule=smallest_error(8))
+        found = calibrate_thresholds(clipped, weights, x, rule=mmse(8))
         return calibrate_biases(clipped, weights, x, calibration=found, num_steps=8)
 
     eager, jitted = (jax.tree.leaves(g(WEIGHTS, IMAGES)) for g in (run, jax.jit(run)))
@@ -198,6 +198,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="at most 100"):
         percentile(101)
     with pytest.raises(ValueError, match="num_steps"):
-        smallest_error(0)
+        mmse(0)
     with pytest.raises(ValueError, match="num_steps"):
         shift_biases(thresholds(), 0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import nadaptor
-from nadaptor.early_exit import early_exit, simulate_until_sure
+from nadaptor.early_exit import early_exit, simulate_with_early_exit
 
 
 def test_early_exit_is_what_a_loop_over_examples_gives():
@@ -59,7 +59,7 @@ STEPS = 9
 def test_running_until_sure_gives_what_the_whole_simulation_gives(confidence, options):
     sim = nadaptor.simulate(classify, WEIGHTS, INPUTS, num_steps=STEPS, **options)
     expected = early_exit(sim.outputs, jnp.array([confidence]))
-    found = simulate_until_sure(
+    found = simulate_with_early_exit(
         classify, WEIGHTS, INPUTS, num_steps=STEPS, confidence=confidence, **options
     )
     chex.assert_trees_all_equal(found, expected)
@@ -68,9 +68,9 @@ def test_running_until_sure_gives_what_the_whole_simulation_gives(confidence, op
 class Counting(nadaptor.IntegrateAndFire):
     """A neuron that says when it is run."""
 
-    def step(self, state, x, levels):
+    def step(self, state, x, threshold):
         jax.debug.callback(lambda: RUNS.append(1))
-        return super().step(state, x, levels)
+        return super().step(state, x, threshold)
 
 
 RUNS: list[int] = []
@@ -80,13 +80,13 @@ RUNS: list[int] = []
 def test_steps_that_no_example_needs_are_not_run(confidence, steps):
     RUNS.clear()
     options = {"num_steps": 8, "steps_per_chunk": 2, "neuron": Counting()}
-    simulate_until_sure(classify, WEIGHTS, INPUTS, confidence=confidence, **options)
+    simulate_with_early_exit(classify, WEIGHTS, INPUTS, confidence=confidence, **options)
     jax.effects_barrier()
     assert len(RUNS) == 2 * steps  # two layers
 
 
 def test_outputs_that_are_no_logits_are_refused():
     with pytest.raises(ValueError, match=r"logits \[B, classes\], not \(6,\)"):
-        simulate_until_sure(
+        simulate_with_early_exit(
             lambda x: nadaptor.lsq(x, 0.5, 2), INPUTS[0], num_steps=2, confidence=0.5
         )

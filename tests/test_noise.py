@@ -75,7 +75,7 @@ def test_keys_that_follow_one_another_draw_uncorrelated_noise(keys, impl, lag):
 
 def test_noise_of_layers_steps_and_examples_is_uncorrelated():
     """At v = 1/2 a level fires with probability 1/2: outputs are fair coins, one an element."""
-    v, layer = jnp.full((16, 2000), 0.5), NoiseAdaptor(1, data_start=False)
+    v, layer = jnp.full((16, 2000), 0.5), NoiseAdaptor(1, data_init=False)
     variables = layer.init(jax.random.key(0), v)
     run = jax.random.key(1)
 

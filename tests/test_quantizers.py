@@ -413,7 +413,7 @@ def test_qcfs_is_lsq_at_the_scale_th_over_levels():
 def test_threshold_quantizers_become_neurons_of_that_threshold(f, levels, start):
     v = jnp.linspace(-0.5, 2.5, 25)
     (layer,) = nadaptor.spiking(f, v).layers
-    assert (layer.levels, layer.start) == (levels, start)
+    assert (layer.threshold, layer.start) == (levels, start)
     sim = nadaptor.simulate(f, v, num_steps=64)
     np.testing.assert_allclose(sim.outputs[-1], np.clip(v, 0, 2), atol=2 / 64 + 1e-6)
 

@@ -427,12 +427,12 @@ class Leaky(NamedTuple):
 
     leak: float
 
-    def init(self, shape, levels, start):
+    def init(self, shape, threshold, start):
         return {"u": jnp.full(shape, start), "steps": jnp.zeros((), jnp.int32)}
 
-    def step(self, state, x, levels):
+    def step(self, state, x, threshold):
         u = self.leak * state["u"] + x
-        out = jnp.where(u >= levels, jnp.float32(levels), 0)
+        out = jnp.where(u >= threshold, jnp.float32(threshold), 0)
         return {"u": u - out, "steps": state["steps"] + 1}, out
 
 

@@ -14,7 +14,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import Mesh, PartitionSpec
 
 import nadaptor
-from nadaptor.transformation import _summable
+from nadaptor._jaxpr.summable import summable
 
 SCALE, LEVELS = 0.5, 2
 
@@ -412,7 +412,7 @@ def test_layers_have_the_names_levels_starts_and_places_of_their_quantizers():
 
     layers = nadaptor.spiking(f, ROWS).layers
     assert [layer.name for layer in layers] == ["block", "block/act", "block:2", "layer3"]
-    neurons = [(layer.levels, layer.start) for layer in layers]
+    neurons = [(layer.threshold, layer.start) for layer in layers]
     assert neurons == [(3, 1.5), (1, 0.5), (3, 1.5), (2, 1.0)]
     assert {layer.shape for layer in layers} == {ROWS.shape}
     first = f.__code__.co_firstlineno
@@ -449,7 +449,7 @@ def test_current_on_the_grid_rounds_to_the_same_level_and_sums_exactly(levels):
         below, above = np.float32(-np.inf), np.float32(np.inf)
         near = [np.nextafter(near[0], below), *near, np.nextafter(near[-1], above)]
     x, half = np.concatenate(near), np.float32(0.5)
-    on_grid = np.asarray(_summable(x, levels))
+    on_grid = np.asarray(summable(x, levels))
     np.testing.assert_array_equal(np.floor(on_grid + half), np.floor(x + half))
     np.testing.assert_allclose(on_grid, x, atol=levels * 2.0**-21)
     total, exact = np.zeros_like(x), np.zeros(x.shape, np.float64)

@@ -36,7 +36,7 @@ LEAST_SMALL, MOST_IN_IMAGE = 128, 0.75
 Padding = Sequence[tuple[int, int]]
 
 
-def faster(
+def faster_convolution(
     eqn: Any, spiking: Sequence[bool], backend: str, winograd: bool = False
 ) -> ClosedJaxpr | None:
     """The body to put in place of a convolution; None to keep it.
@@ -72,7 +72,7 @@ def faster(
         and min(inputs, outputs) >= LEAST_SMALL
         and _share_in_image((height, width), padding) <= MOST_IN_IMAGE
     ):
-        body = by_position
+        body = kn2row
     else:
         return None
     return jax.make_jaxpr(functools.partial(_as_nhwc, body, dims, padding))(image, kernel)
@@ -136,7 +136,7 @@ def in_pairs(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     return y.reshape(*y.shape[:2], 2 * y.shape[2], w.shape[-1])
 
 
-def by_position(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
+def kn2row(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     """A product for each of the filter's nine positions, with the pixels that it meets alone."""
     outputs = [size + sum(edge) - 2 for size, edge in zip(x.shape[1:3], padding, strict=True)]
     rows, columns = (_spans(*both) for both in zip(outputs, padding, strict=True))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from nadaptor._execution.tiles import SHARED, cut
+from nadaptor._execution.tiles import SHARED, slice_examples
 
 AXIS = "examples"
 
@@ -52,7 +52,7 @@ def in_shards(
         _spec(SHARED if axis is None else axis % jnp.ndim(x))
         for x, axis in zip(leaves, axes, strict=True)
     )
-    part = tree.unflatten(cut(leaves, axes, 0, number // len(devices)))
+    part = tree.unflatten(slice_examples(leaves, axes, 0, number // len(devices)))
     # Unchecked: a layer without an example's axis is the same everywhere, which cannot be inferred.
     sharded = jax.shard_map(
         lambda *leaves: jax.tree.map(jnp.asarray, run(*tree.unflatten(leaves))),

@@ -17,7 +17,7 @@ SHARED: Any = "shared"
 MOST_TOGETHER, MOST_STEPS = 16, 4  # measured with ResNet-18 and ResNet-20 at 32 pixels
 
 
-def choose(
+def choose_sizes(
     shapes: Sequence[tuple[int, ...]], number: int, num_steps: int, backend: str
 ) -> tuple[int, int]:
     """Chooses examples a tile and steps a chunk by the size of the largest layer.
@@ -32,7 +32,7 @@ def choose(
         The pair, each at least 1.
 
     Example:
-        >>> choose([(32, 32, 32, 64)], number=32, num_steps=16, backend="cpu")
+        >>> choose_sizes([(32, 32, 32, 64)], number=32, num_steps=16, backend="cpu")
         (4, 4)
     """
     if backend != "cpu" or not isinstance(number, int):  # a number may be a symbol in an export
@@ -71,7 +71,7 @@ def in_tiles(
     tiles, rest = divmod(number, size)
 
     def part(first: Any, length: int) -> Any:
-        return tree.unflatten(cut(leaves, axes, first, length))
+        return tree.unflatten(slice_examples(leaves, axes, first, length))
 
     run = start(*part(0, size))
     parts = [jax.lax.map(lambda i: run(*part(i * size, size)), jnp.arange(tiles))]
@@ -85,11 +85,11 @@ def _join(axis: Any, tiles: jax.Array, last: Any = None) -> jax.Array:
     """All examples along `axis`, from tiles [n, ...] and what is left over."""
     if axis == SHARED:
         return tiles[0]
-    whole = merge(jnp.moveaxis(tiles, 0, axis), axis)
+    whole = merge_axes(jnp.moveaxis(tiles, 0, axis), axis)
     return whole if last is None else jnp.concatenate([whole, last], axis)
 
 
-def cut(
+def slice_examples(
     leaves: Sequence[jax.Array], axes: Sequence[int | None], first: Any, length: int
 ) -> list[jax.Array]:
     """Some of the examples in each leaf that holds any, and the other leaves as they are."""
@@ -105,7 +105,7 @@ def batch_axis(part: tuple[int, ...], whole: tuple[int, ...]) -> Any:
     return next((axis for axis, (some, all_) in enumerate(pairs) if some != all_), SHARED)
 
 
-def examples(in_axes: Any, args: tuple[Any, ...]) -> tuple[list[int | None], int]:
+def example_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[list[int | None], int]:
     """The axis of the examples in each leaf of the arguments, or None, and their number."""
     if not isinstance(in_axes, Sequence):
         in_axes = [in_axes] * len(args)
@@ -129,7 +129,7 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
-def merge(x: jax.Array, axis: int) -> jax.Array:
+def merge_axes(x: jax.Array, axis: int) -> jax.Array:
     """Joins an axis and the next into one."""
     first, second = x.shape[axis : axis + 2]
     return x.reshape(*x.shape[:axis], first * second, *x.shape[axis + 2 :])

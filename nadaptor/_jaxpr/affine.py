@@ -140,13 +140,13 @@ def _check_floating(op: Op) -> None:
 
 
 def _remedy(op: Op) -> str:
-    names = (op.place.call, _NAMES.get(op.primitive.name, op.primitive.name))
+    names = (op.location.call, _NAMES.get(op.primitive.name, op.primitive.name))
     return next((_REMEDIES[name] for name in names if name in _REMEDIES), _DEFAULT)
 
 
 def _refusal(op: Op, remedy: str, fault: str = "acts on spikes and is not affine") -> ValueError:
     name = _NAMES.get(op.primitive.name, op.primitive.name)
-    shown = f"{op.place.call} ({name})" if op.place.call not in ("", name) else name
-    where = f" at {op.place.source}" if op.place.source else ""
-    scope = f" in {op.place.scope}" if op.place.scope else ""
+    shown = f"{op.location.call} ({name})" if op.location.call not in ("", name) else name
+    where = f" at {op.location.source}" if op.location.source else ""
+    scope = f" in {op.location.scope}" if op.location.scope else ""
     return ValueError(f"cannot convert to spikes: {shown}{where}{scope} {fault}: {remedy}")

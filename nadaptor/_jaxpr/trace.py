@@ -4,11 +4,7 @@ Variables are integers and constants are `Literal`s. Each operation remembers wh
 code it was written and which library call (`softmax`, `relu`) it is a part of, for error messages.
 """
 
-import functools
-import importlib.util
 import itertools
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -17,6 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from nadaptor._jaxpr.marks import Mark, read_mark
+from nadaptor._jaxpr.places import NOWHERE, Location, enter, locate
 
 Atom = int | Literal
 Rewrite = Callable[[Any, Sequence[bool]], ClosedJaxpr | None]
@@ -36,20 +33,6 @@ _BODIES = {
 }
 # Operations that change the shape of their operand, or the order of its axes.
 _MOVES = {"transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims"}
-_LIBRARIES = ("jax", "flax", "equinox", "haiku", "nadaptor")
-_INTERACTIVE = ("<stdin>", "<ipython-input", "<python-input")
-# Frames between a library function and the tracer, which are no name for what the user called.
-_PLUMBING = {"current", "custom_jvp", "custom_vjp", "ufunc", "bind", "wrapper"}
-_PLUMBING |= {"scope_fn", "run_interceptors"}
-_MODELS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models") + os.sep
-
-
-class Place(NamedTuple):
-    """Where an operation comes from."""
-
-    source: str  # "file.py:12", or "" where it is not known
-    call: str  # the outermost library function around it ("softmax"), or ""
-    scope: str  # named scopes around it ("ResNet/act1"), or ""
 
 
 class Op(NamedTuple):
@@ -61,7 +44,7 @@ class Op(NamedTuple):
     outputs: tuple[int, ...]
     avals: tuple[Any, ...]  # of the outputs
     context: Any
-    place: Place
+    location: Location
     mark: Mark | None
 
     def bind(self, *values: Any) -> list[Any]:
@@ -89,9 +72,9 @@ def trace(closed: ClosedJaxpr, rewrite: Rewrite | None = None) -> Trace:
         rewrite: takes an equation and, for each operand, whether spikes reach it; returns what to
             put in its place, or None to keep it.
     """
-    inliner = _Inliner([], {}, set(), itertools.count(), rewrite)
+    inliner = _Inliner(rewrite)
     inputs = tuple(next(inliner.fresh) for _ in closed.jaxpr.invars)
-    outputs = _inline(inliner, closed, inputs, Place("", "", ""))
+    outputs = inliner.inline(closed, inputs, NOWHERE)
     ops, spiking = _live(inliner.ops, outputs), frozenset(inliner.spiking)
     return Trace(ops, inputs, inliner.consts, tuple(outputs), spiking)
 
@@ -128,67 +111,68 @@ def reached(spiking: Set[int], atoms: Sequence[Atom]) -> list[bool]:
     return [not isinstance(atom, Literal) and atom in spiking for atom in atoms]
 
 
-class _Inliner(NamedTuple):
-    ops: list[Op]
-    consts: dict[int, Any]
-    spiking: set[int]
-    fresh: Iterator[int]
-    rewrite: Rewrite | None
+class _Inliner:
+    """Appends operations one after the other, and follows the spikes through them."""
 
+    def __init__(self, rewrite: Rewrite | None) -> None:
+        self.ops: list[Op] = []
+        self.consts: dict[int, Any] = {}
+        self.spiking: set[int] = set()
+        self.fresh = itertools.count()
+        self.rewrite = rewrite
 
-def _inline(
-    inliner: _Inliner, closed: ClosedJaxpr, inputs: Sequence[Atom], place: Place
-) -> list[Atom]:
-    """Appends the operations of `closed` to the inliner; returns the atoms of its outputs."""
-    consts = [next(inliner.fresh) for _ in closed.consts]
-    inliner.consts.update(zip(consts, closed.consts, strict=True))
-    jaxpr = closed.jaxpr
-    atoms = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+    def inline(self, closed: ClosedJaxpr, inputs: Sequence[Atom], location: Location) -> list[Atom]:
+        """Appends the operations of a closed jaxpr; returns the atoms of its outputs."""
+        consts = [next(self.fresh) for _ in closed.consts]
+        self.consts.update(zip(consts, closed.consts, strict=True))
+        jaxpr = closed.jaxpr
+        atoms = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
-    def read(var: Any) -> Atom:
-        return var if isinstance(var, Literal) else atoms[var]
+        def read(var: Any) -> Atom:
+            return var if isinstance(var, Literal) else atoms[var]
 
-    for eqn in jaxpr.eqns:
-        operands = [read(var) for var in eqn.invars]
-        here = _place(eqn, place)
-        body = _body(eqn, reached(inliner.spiking, operands), inliner.rewrite)
+        for eqn in jaxpr.eqns:
+            outputs = self._inline_equation(eqn, [read(var) for var in eqn.invars], location)
+            atoms.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(var) for var in jaxpr.outvars]
+
+    def _inline_equation(
+        self, eqn: Any, operands: Sequence[Atom], outer: Location
+    ) -> Sequence[Atom]:
+        here = locate(eqn, outer)
+        body = _body(eqn, reached(self.spiking, operands), self.rewrite)
         if body is not None:
-            outputs = _inline(inliner, body, operands, _enter(eqn, body, here))
-        elif is_mark(eqn):
-            outputs = _append(inliner, eqn, [_aligned(inliner, eqn, operands[0], here)], here)
-        else:
-            outputs = _append(inliner, eqn, operands, here)
-        atoms.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(var) for var in jaxpr.outvars]
+            function = eqn.params["jaxpr"] if eqn.primitive.name == "scan" else body
+            return self.inline(body, operands, enter(function, here))
+        if is_mark(eqn):
+            operands = [self._aligned(eqn, operands[0], here)]
+        return self._append(eqn, operands, here)
 
+    def _append(self, eqn: Any, inputs: Sequence[Atom], location: Location) -> list[int]:
+        """Appends one operation; returns the variables of its results."""
+        mark = read_mark(eqn.params["name"]) if is_mark(eqn) else None
+        outputs = [next(self.fresh) for _ in eqn.outvars]
+        if mark is not None or any(reached(self.spiking, inputs)):
+            self.spiking.update(outputs)
+        avals = tuple(var.aval for var in eqn.outvars)
+        rest = (tuple(inputs), tuple(outputs), avals, eqn.ctx, location, mark)
+        self.ops.append(Op(eqn.primitive, eqn.params, *rest))
+        return outputs
 
-def _append(inliner: _Inliner, eqn: Any, inputs: Sequence[Atom], place: Place) -> list[int]:
-    """Appends one operation to the inliner; returns the variables of its results."""
-    mark = read_mark(eqn.params["name"]) if is_mark(eqn) else None
-    outputs = [next(inliner.fresh) for _ in eqn.outvars]
-    if mark is not None or any(reached(inliner.spiking, inputs)):
-        inliner.spiking.update(outputs)
-    avals = tuple(var.aval for var in eqn.outvars)
-    inliner.ops.append(
-        Op(eqn.primitive, eqn.params, tuple(inputs), tuple(outputs), avals, eqn.ctx, place, mark)
-    )
-    return outputs
+    def _aligned(self, mark: Any, x: Atom, location: Location) -> Atom:
+        """The input x of a mark, with its axes in the order of the mark's output.
 
-
-def _aligned(inliner: _Inliner, mark: Any, x: Atom, place: Place) -> Atom:
-    """The input x of a mark, with its axes in the order of the mark's output.
-
-    Under `vmap` a mark that draws noise moves the batch axis of x, to meet that of the noise. The
-    neuron in its place draws none, so the moves in the mark's body are made before it.
-    """
-    body = mark.params["jaxpr"].jaxpr
-    moved = {body.invars[0]: x}
-    for eqn in body.eqns:
-        source = [moved[var] for var in eqn.invars if not isinstance(var, Literal) and var in moved]
-        if source and eqn.primitive.name in _MOVES:
-            source = _append(inliner, eqn, source, place)
-        moved.update(zip(eqn.outvars, source, strict=False))
-    return moved[body.outvars[0]]
+        Under `vmap` a mark that draws noise moves the batch axis of x, to meet that of the noise.
+        The neuron in its place draws none, so the moves in the mark's body are made before it.
+        """
+        body = mark.params["jaxpr"].jaxpr
+        moved = {body.invars[0]: x}
+        for eqn in body.eqns:
+            source = [moved[v] for v in eqn.invars if not isinstance(v, Literal) and v in moved]
+            if source and eqn.primitive.name in _MOVES:
+                source = self._append(eqn, source, location)
+            moved.update(zip(eqn.outvars, source, strict=False))
+        return moved[body.outvars[0]]
 
 
 def _body(eqn: Any, spikes: list[bool], rewrite: Rewrite | None) -> ClosedJaxpr | None:
@@ -238,51 +222,3 @@ def _live(ops: list[Op], outputs: Sequence[Atom]) -> tuple[Op, ...]:
             needed.update(variables(op.inputs))
             kept.append(op)
     return tuple(reversed(kept))
-
-
-def _place(eqn: Any, outer: Place) -> Place:
-    """The place of an equation; inside a library call, the place where the user called it.
-
-    A library function is traced once and its trace reused, so the traceback of an equation inside
-    it may be that of another call.
-    """
-    # A name stack is written "vmap(Net)/act1": only the names are of use.
-    names = re.sub(r"\w+\(|\)", "", str(eqn.source_info.name_stack)).split("/")
-    scope = "/".join(filter(None, (outer.scope, *names)))
-    if outer.call:
-        return outer._replace(scope=scope)
-    source, call = _user_frame(eqn.source_info.traceback)
-    return Place(source or outer.source, call, scope)
-
-
-def _enter(eqn: Any, body: ClosedJaxpr, here: Place) -> Place:
-    """The place inside a call: of a library's function its name, of the user's each line."""
-    function = eqn.params["jaxpr"] if eqn.primitive.name == "scan" else body
-    name, _, path = (function.jaxpr.debug_info.func_src_info or "").partition(" at ")
-    if path and not _in_library(path.rpartition(":")[0]):
-        return here._replace(call="")
-    return here if here.call or not path else here._replace(call=name.rpartition(".")[2])
-
-
-def _user_frame(traceback: Any) -> tuple[str, str]:
-    """The innermost line outside the libraries, "file.py:12", and the library function it calls."""
-    calls: list[str] = []
-    for frame in traceback.frames if traceback is not None else ():
-        if not _in_library(frame.file_name):
-            return f"{frame.file_name}:{frame.line_num}", calls[-1] if calls else ""
-        name = frame.function_name.removesuffix(".__call__")
-        if name.isidentifier() and not name.startswith("_") and name not in _PLUMBING:
-            calls.append(name)
-    return "", ""
-
-
-@functools.cache
-def _library_folders() -> tuple[str, ...]:
-    specs = filter(None, map(importlib.util.find_spec, _LIBRARIES))
-    return tuple(os.path.dirname(spec.origin) + os.sep for spec in specs if spec.origin)
-
-
-def _in_library(path: str) -> bool:
-    # The models are a user of the library: the line to name is the one in the model.
-    user = path.startswith((_MODELS, *_INTERACTIVE))
-    return path.startswith(("<", *_library_folders())) and not user

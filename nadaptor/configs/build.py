@@ -24,7 +24,7 @@ from nadaptor.models import (
     batch_norm,
     create,
 )
-from nadaptor.models.activations import ScaleStart
+from nadaptor.models.activations import ScaleInit
 from nadaptor.quantizers import GradientMode
 
 
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     initial_threshold: float
     noise_amplitude: float
     gradient: GradientMode
-    scale_start: ScaleStart
+    scale_init: ScaleInit
     scale_gradient: bool
     drawn_levels: tuple[int, ...]
 
@@ -133,7 +133,7 @@ def _slot(layer: Layer, axis_name: str | None) -> Callable[..., nn.Module]:
     """What makes the activation layers of a network."""
     levels = {"levels": layer.levels}
     learned = {
-        **levels, "scale_start": layer.scale_start, "scale_gradient": layer.scale_gradient
+        **levels, "scale_init": layer.scale_init, "scale_gradient": layer.scale_gradient
     }
     noisy = {**learned, "amplitude": layer.noise_amplitude, "gradient": layer.gradient}
     from_threshold = {**levels, "initial_threshold": layer.initial_threshold}

@@ -47,7 +47,7 @@ class Config:
     # Gradient of the noise adaptor's scale: Eq. 10 ("paper") or Eq. 7's ("exact").
     gradient: Literal["paper", "exact"]
     # Where scales start: by LSQ's rule, or where the first batch is represented best.
-    scale_start: Literal["lsq", "mmse"]
+    scale_init: Literal["lsq", "mmse"]
     # Whether LSQ's factor 1/sqrt(N*p) is on the gradient of the scale.
     scale_gradient: bool
     # Levels of which each step of "any_level" draws one.

@@ -28,7 +28,7 @@ def digits_relu() -> Config:
         initial_threshold=4.0,
         noise_amplitude=0.5,
         gradient="paper",
-        scale_start="lsq",
+        scale_init="lsq",
         scale_gradient=True,
         drawn_levels=(1, 2, 4),
         dataset="digits",

@@ -43,7 +43,7 @@ def cifar10_resnet18() -> Config:
         initial_threshold=8.0,
         noise_amplitude=0.5,
         gradient="paper",
-        scale_start="lsq",
+        scale_init="lsq",
         scale_gradient=True,
         drawn_levels=(1, 2, 4),
         dataset="cifar10",
@@ -99,7 +99,7 @@ def cifar10_resnet20_na() -> Config:
         batch_size=64,
         learning_rate=0.01,
         warmup_steps=50,
-        scale_start="mmse",
+        scale_init="mmse",
         scale_gradient=False,
         select="last",
     )

@@ -19,8 +19,8 @@ from nadaptor.calibration import (
     calibrate_biases,
     calibrate_thresholds,
     maximum,
+    mmse,
     percentile,
-    smallest_error,
 )
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from nadaptor.configs.config import from_json, to_json
@@ -101,7 +101,7 @@ def calibrate_resnet(
     Raises:
         ValueError: an option is out of its range, or the network cannot be converted.
     """
-    unclipped = functools.partial(ClippedRelu, data_start=False, initial_threshold=1.0)
+    unclipped = functools.partial(ClippedRelu, data_init=False, initial_threshold=1.0)
     # Thresholds of 1, so that a calibration in units of them is in the units of the input.
     unit = model.clone(activation=unclipped)
     started = unit.apply(
@@ -138,4 +138,4 @@ def _calibrate(
 def _rule(options: CalibrationOptions) -> Rule:
     if options.rule == "percentile":
         return percentile(options.percent)
-    return smallest_error(options.num_steps) if options.rule == "mmse" else maximum()
+    return mmse(options.num_steps) if options.rule == "mmse" else maximum()

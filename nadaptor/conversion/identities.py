@@ -148,13 +148,13 @@ def _layer_error(folded: nn.Module, variables: Any, images: jax.Array) -> jax.Ar
         layer = net.layers[i]
 
         def step(carry: tuple[Any, jax.Array], _: None) -> tuple[tuple[Any, jax.Array], None]:
-            state, out = net.neuron.step(carry[0], x, layer.levels)
+            state, out = net.neuron.step(carry[0], x, layer.threshold)
             return (state, carry[1] + out), None
 
-        start = net.neuron.init(layer.shape, layer.levels, layer.start)
+        start = net.neuron.init(layer.shape, layer.threshold, layer.start)
         (_, total), _ = jax.lax.scan(step, (start, jnp.zeros_like(x)), length=LONG)
-        clipped = jnp.clip(x, 0, layer.levels)
-        return jnp.abs(total - LONG * clipped).max() / layer.levels, clipped
+        clipped = jnp.clip(x, 0, layer.threshold)
+        return jnp.abs(total - LONG * clipped).max() / layer.threshold, clipped
 
     errors, _ = net.propagate(net.prepare(variables, images), fire)
     return jnp.stack(errors).max()

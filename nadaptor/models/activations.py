@@ -22,9 +22,9 @@ import jax.numpy as jnp
 
 from nadaptor._checks import check_levels
 from nadaptor.models.scales import SCALE_FLOOR
-from nadaptor.quantizers import GradientMode, clipped_relu, lsq, noise_adaptor
+from nadaptor.quantizers import GradientMode, clipped_relu, lsq, mmse_scale, noise_adaptor
 
-ScaleStart = Literal["lsq", "mmse"]
+ScaleInit = Literal["lsq", "mmse"]
 # Sets the draw of a network's levels apart from the keys of its layers.
 DRAW = 0x1E7E15
 
@@ -49,8 +49,8 @@ class Lsq(nn.Module):
     Attributes:
         levels: p, a positive integer.
         scale_gradient: whether to apply LSQ's factor on the gradient of the scale.
-        data_start: whether the scale starts from data; else it starts at `initial_scale`.
-        scale_start: "lsq" for LSQ's rule; "mmse" for the scale, of 95 up to max(v)/p, at which the
+        data_init: whether the scale starts from data; else it starts at `initial_scale`.
+        scale_init: "lsq" for LSQ's rule; "mmse" for the scale, of 95 up to max(v)/p, at which the
             mean of `(relu(v) - lsq(v))^2` is smallest: a pre-trained network loses less to it.
         initial_scale: the constant start, in the units of v, also where v is silent in the data.
         per_channel: one scale for each entry of the last axis, instead of one for the layer.
@@ -73,8 +73,8 @@ class Lsq(nn.Module):
 
     levels: int
     scale_gradient: bool = dataclasses.field(default=True, kw_only=True)
-    scale_start: ScaleStart = dataclasses.field(default="lsq", kw_only=True)
-    data_start: bool = dataclasses.field(default=True, kw_only=True)
+    scale_init: ScaleInit = dataclasses.field(default="lsq", kw_only=True)
+    data_init: bool = dataclasses.field(default=True, kw_only=True)
     initial_scale: float = dataclasses.field(default=1.0, kw_only=True)
     per_channel: bool = dataclasses.field(default=False, kw_only=True)
     axis_name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -82,8 +82,8 @@ class Lsq(nn.Module):
     def __post_init__(self) -> None:
         """Checks the levels and the start."""
         check_levels(self.levels)
-        if self.scale_start not in ("lsq", "mmse"):
-            raise ValueError(f"scale_start must be 'lsq' or 'mmse', not {self.scale_start!r}")
+        if self.scale_init not in ("lsq", "mmse"):
+            raise ValueError(f"scale_init must be 'lsq' or 'mmse', not {self.scale_init!r}")
         super().__post_init__()
 
     @nn.compact
@@ -98,19 +98,12 @@ class Lsq(nn.Module):
             mean = _across(self, jax.lax.pmean, positive.mean(axes))
             return 2 * mean / math.sqrt(self.levels)
 
-        measure = self._with_least_error if self.scale_start == "mmse" else from_mean
+        measure = self._mmse if self.scale_init == "mmse" else from_mean
         return _learned(self, "quant_scale", v, measure, self.initial_scale)
 
-    def _with_least_error(self, positive: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        largest = _across(self, jax.lax.pmax, positive.max(axes)) / self.levels
-
-        def error(factor: jax.Array) -> jax.Array:
-            scale = jnp.maximum(largest * factor, SCALE_FLOOR)
-            loss = ((positive - lsq(positive, scale, self.levels)) ** 2).mean(axes)
-            return _across(self, jax.lax.pmean, loss)
-
-        factors = 1 - 0.01 * jnp.arange(95)
-        return largest * factors[jax.lax.map(error, factors).argmin(0)]
+    def _mmse(self, positive: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        axis = None if self.is_initializing() else self.axis_name
+        return mmse_scale(positive, self.levels, axes, axis).squeeze(axes)
 
     def quantize(self, v: jax.Array, scale: jax.Array) -> jax.Array:
         """Returns the activation of v for a given scale."""
@@ -141,7 +134,7 @@ class NoiseAdaptor(Lsq):
         ValueError: v has no batch axis, or as `nadaptor.noise_adaptor`.
 
     Example:
-        >>> layer, v = NoiseAdaptor(levels=2, data_start=False), jnp.full((2, 3), 0.3)
+        >>> layer, v = NoiseAdaptor(levels=2, data_init=False), jnp.full((2, 3), 0.3)
         >>> variables = layer.init(jax.random.key(0), v)
         >>> layer.apply(variables, v).tolist()  # no key, no noise
         [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
@@ -204,7 +197,7 @@ class AnyLevel(NoiseAdaptor):
         ValueError: bad levels, when the layer is built; v has no batch axis.
 
     Example:
-        >>> layer, v = AnyLevel(levels=2, data_start=False, drawn=(1,)), jnp.full((2, 3), 1.0)
+        >>> layer, v = AnyLevel(levels=2, data_init=False, drawn=(1,)), jnp.full((2, 3), 1.0)
         >>> variables = layer.init(jax.random.key(0), v)
         >>> noisy = layer.apply(variables, v, rngs={"noise": jax.random.key(1)})
         >>> sorted(set(noisy.ravel().tolist()))  # multiples of th/1 = 2
@@ -254,7 +247,7 @@ class ClippedRelu(nn.Module):
     calibrate instead of learning, write it into the variables.
 
     Attributes:
-        data_start: whether the threshold starts from data; else it starts at `initial_threshold`.
+        data_init: whether the threshold starts from data; else it starts at `initial_threshold`.
         initial_threshold: the constant start, in the units of v, also where v is silent in the
             data.
         per_channel: one threshold for each entry of the last axis, instead of one for the layer.
@@ -272,7 +265,7 @@ class ClippedRelu(nn.Module):
     Source: Noise Adaptor, section 4.4; Ho and Chang, TCL, 2021.
     """
 
-    data_start: bool = dataclasses.field(default=True, kw_only=True)
+    data_init: bool = dataclasses.field(default=True, kw_only=True)
     initial_threshold: float = dataclasses.field(default=4.0, kw_only=True)
     per_channel: bool = dataclasses.field(default=False, kw_only=True)
     axis_name: str | None = dataclasses.field(default=None, kw_only=True)
@@ -309,7 +302,7 @@ def _learned(
         )
     # Flax traces the initialiser at every apply to compare shapes, so that a pmean inside it would
     # need its axis even where nothing is created.
-    if module.has_variable("params", name) or not module.data_start:
+    if module.has_variable("params", name) or not module.data_init:
         start = jnp.full((v.shape[-1],) if module.per_channel else (), constant, jnp.float32)
     else:
         axes = tuple(range(v.ndim - 1 if module.per_channel else v.ndim))

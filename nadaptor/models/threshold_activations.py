@@ -24,7 +24,7 @@ class Qcfs(ClippedRelu, kw_only=True):
     Attributes:
         levels: L, a positive integer.
         clip: "last" or "first", the two published orders, as in `nadaptor.qcfs`.
-        data_start: whether the threshold starts at the maximum of the first batch instead.
+        data_init: whether the threshold starts at the maximum of the first batch instead.
         initial_threshold: the constant start, in the units of v.
         per_channel: one threshold for each entry of the last axis, instead of one for the layer.
         axis_name: mapped axis over which the maximum is taken; ignored in `init`.
@@ -43,7 +43,7 @@ class Qcfs(ClippedRelu, kw_only=True):
 
     levels: int
     clip: ClipOrder = dataclasses.field(default="last", kw_only=True)
-    data_start: bool = dataclasses.field(default=False, kw_only=True)
+    data_init: bool = dataclasses.field(default=False, kw_only=True)
     initial_threshold: float = dataclasses.field(default=8.0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -119,5 +119,5 @@ class Ttrbr(Qcfs, kw_only=True):
 
     levels: int = 32
     clip: ClipOrder = dataclasses.field(default="first", kw_only=True)
-    data_start: bool = dataclasses.field(default=True, kw_only=True)
+    data_init: bool = dataclasses.field(default=True, kw_only=True)
     initial_threshold: float = dataclasses.field(default=4.0, kw_only=True)

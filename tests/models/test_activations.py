@@ -34,7 +34,7 @@ def test_the_scale_starts_at_twice_the_mean_over_the_root_of_the_levels(levels):
 @pytest.mark.parametrize("levels", [1, 2, 7])
 def test_the_scale_of_least_error_is_better_than_its_neighbours(levels):
     v = jnp.maximum(sample(6, 5, 5, 3), 0)
-    start = Lsq(levels, scale_start="mmse").init(jax.random.key(1), v)["params"]["quant_scale"]
+    start = Lsq(levels, scale_init="mmse").init(jax.random.key(1), v)["params"]["quant_scale"]
 
     def error(scale):
         return float(((v - nadaptor.lsq(v, scale, levels)) ** 2).mean())
@@ -46,8 +46,8 @@ def test_the_scale_of_least_error_is_better_than_its_neighbours(levels):
 
 
 def test_the_scale_of_least_error_is_measured_over_all_devices():
-    layer, v = Lsq(2, scale_start="mmse", axis_name="batch"), sample(8, 5)
-    whole = Lsq(2, scale_start="mmse").init(jax.random.key(1), v)
+    layer, v = Lsq(2, scale_init="mmse", axis_name="batch"), sample(8, 5)
+    whole = Lsq(2, scale_init="mmse").init(jax.random.key(1), v)
 
     def start(part):
         return start_scales(layer, {"params": {}}, part, jax.random.key(0))
@@ -58,7 +58,7 @@ def test_the_scale_of_least_error_is_measured_over_all_devices():
 
 def test_an_unknown_start_is_refused_with_its_value():
     with pytest.raises(ValueError, match="'lsq' or 'mmse', not 'best'"):
-        Lsq(2, scale_start="best")
+        Lsq(2, scale_init="best")
 
 
 def test_the_threshold_starts_at_the_maximum():
@@ -83,7 +83,7 @@ def test_a_layer_silent_on_the_first_batch_starts_at_the_constant(layer):
 
 
 def test_the_start_from_data_can_be_switched_off():
-    layer = Lsq(2, data_start=False, initial_scale=0.25)
+    layer = Lsq(2, data_init=False, initial_scale=0.25)
     assert layer.init(jax.random.key(0), sample(4, 4))["params"]["quant_scale"] == 0.25
 
 
@@ -120,7 +120,7 @@ def test_layers_and_examples_draw_different_noise():
     class Twice(nn.Module):
         @nn.compact
         def __call__(self, v):
-            layer = functools.partial(NoiseAdaptor, levels=2, data_start=False)
+            layer = functools.partial(NoiseAdaptor, levels=2, data_init=False)
             return layer(name="act1")(v), layer(name="act2")(v)
 
     v = jnp.full((2, 200), 0.5)
@@ -133,7 +133,7 @@ def test_layers_and_examples_draw_different_noise():
 
 def test_the_mean_over_the_noise_is_the_clip():
     v = jnp.tile(jnp.linspace(-0.3, 1.3, 9), (40_000, 1))
-    layer = NoiseAdaptor(2, data_start=False, initial_scale=0.5)
+    layer = NoiseAdaptor(2, data_init=False, initial_scale=0.5)
     y = layer.apply(layer.init(jax.random.key(0), v), v, rngs={"noise": jax.random.key(1)})
     np.testing.assert_allclose(y.mean(0), jnp.clip(v[0], 0, 1.0), atol=5e-3)
 

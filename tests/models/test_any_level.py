@@ -11,7 +11,7 @@ import pytest
 import nadaptor
 from nadaptor.models import AnyLevel, Lsq, NoiseAdaptor, create
 
-LAYER = AnyLevel(2, data_start=False, initial_scale=0.5)
+LAYER = AnyLevel(2, data_init=False, initial_scale=0.5)
 
 
 def sample(*shape, seed=0):
@@ -35,7 +35,7 @@ def test_each_step_quantizes_to_one_of_the_levels_of_the_same_threshold():
 
 
 def test_all_layers_of_a_network_draw_the_same_levels():
-    activation = functools.partial(AnyLevel, 2, data_start=False, initial_scale=0.5)
+    activation = functools.partial(AnyLevel, 2, data_init=False, initial_scale=0.5)
     model = create("digits_resnet8", 10, activation=activation)
     images = sample(4, 8, 8, 1)
     variables = model.init(jax.random.key(0), images)
@@ -65,7 +65,7 @@ def test_with_one_number_of_levels_it_is_the_noise_adaptor():
 
 def test_the_scale_gets_the_gradient_of_the_levels_drawn():
     v, key = sample(8, 5), jax.random.key(3)
-    options = {"data_start": False, "scale_gradient": False, "gradient": "exact"}
+    options = {"data_init": False, "scale_gradient": False, "gradient": "exact"}
 
     def gradient(layer, scale):
         def total(scale):

@@ -19,7 +19,7 @@ def test_the_threshold_starts_at_8(layer):
     assert layer.init(jax.random.key(0), V)["params"] == {"threshold": 8.0}
 
 
-@pytest.mark.parametrize("layer", [Ttrbr(), Qcfs(levels=4, data_start=True)])
+@pytest.mark.parametrize("layer", [Ttrbr(), Qcfs(levels=4, data_init=True)])
 def test_the_threshold_starts_at_the_maximum_where_asked(layer):
     assert layer.init(jax.random.key(0), V)["params"] == {"threshold": 12.0}
 

@@ -1,0 +1,82 @@
+"""Where an operation was written: the user's file and line, for error messages and layer names."""
+
+import functools
+import importlib.util
+import os
+import re
+from typing import Any, NamedTuple
+
+_LIBRARIES = ("jax", "flax", "equinox", "haiku", "keras", "torchax", "nadaptor")
+_INTERACTIVE = ("<stdin>", "<ipython-input", "<python-input")
+# Frames between a library function and the tracer, which are no name for what the user called.
+_PLUMBING = {"current", "custom_jvp", "custom_vjp", "ufunc", "bind", "wrapper"}
+_PLUMBING |= {"scope_fn", "run_interceptors"}
+_MODELS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models") + os.sep
+
+
+class Location(NamedTuple):
+    """Where an operation comes from."""
+
+    source: str  # "file.py:12", or "" where it is not known
+    call: str  # the outermost library function around it ("softmax"), or ""
+    scope: str  # named scopes around it ("ResNet/act1"), or ""
+
+
+NOWHERE = Location("", "", "")
+
+
+def locate(eqn: Any, outer: Location) -> Location:
+    """The location of an equation; inside a library call, that where the user called it.
+
+    A library function is traced once and its trace reused, so the traceback of an equation inside
+    it may be that of another call.
+    """
+    # A name stack is written "vmap(Net)/act1": only the names are of use.
+    names = re.sub(r"\w+\(|\)", "", str(eqn.source_info.name_stack)).split("/")
+    scope = "/".join(filter(None, (outer.scope, *names)))
+    if outer.call:
+        return outer._replace(scope=scope)
+    source, call = _user_frame(eqn.source_info.traceback)
+    return Location(source or outer.source, call, scope)
+
+
+def enter(function: Any, here: Location) -> Location:
+    """The location inside a call of a closed jaxpr: its name, if a library's; else each line."""
+    name, _, path = (function.jaxpr.debug_info.func_src_info or "").partition(" at ")
+    if path and not _in_library(path.rpartition(":")[0]):
+        return here._replace(call="")
+    return here if here.call or not path else here._replace(call=name.rpartition(".")[2])
+
+
+def layer_name(scope: str) -> str:
+    """The named scopes without those that Flax adds for a method: "act1/act1.quantize" is act1."""
+    parts = scope.split("/")
+    pairs = zip(["", *parts[:-1]], parts, strict=True)
+    return "/".join(part for outer, part in pairs if not part.startswith(f"{outer}."))
+
+
+def _user_frame(traceback: Any) -> tuple[str, str]:
+    """The innermost line outside the libraries, "file.py:12", and the library function it calls."""
+    calls: list[str] = []
+    for frame in traceback.frames if traceback is not None else ():
+        if not _in_library(frame.file_name):
+            return f"{frame.file_name}:{frame.line_num}", calls[-1] if calls else ""
+        name = frame.function_name.removesuffix(".__call__")
+        if name.isidentifier() and not name.startswith("_") and name not in _PLUMBING:
+            calls.append(name)
+    return "", ""
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
+    specs = filter(None, map(importlib.util.find_spec, _LIBRARIES))
+    return tuple(os.path.dirname(spec.origin) + os.sep for spec in specs if spec.origin)
+
+
+@functools.cache
+def _in_library(path: str) -> bool:
+    # The models are a user of the library, as the line to name is the one in the model; the
+    # activation layers are not.
+    activation = path.startswith(_MODELS) and path.endswith("activations.py")
+    user = path.startswith((_MODELS, *_INTERACTIVE)) and not activation
+    return path.startswith(("<", *_library_folders())) and not user
