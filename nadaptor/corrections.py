@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from nadaptor._checks import check_count
 from nadaptor._execution.placement import shard_like
-from nadaptor.neurons import IntegrateAndFire, State
+from nadaptor.neurons import IntegrateAndFire, State, Threshold
 from nadaptor.transformation import Prepared, SpikingNetwork
 
 Saturated = Literal["capped", "published"]
@@ -140,7 +140,7 @@ class Srp:
         )
 
 
-def _observe(begin: jax.Array, currents: jax.Array, threshold: int) -> _Record:
+def _observe(begin: jax.Array, currents: jax.Array, threshold: Threshold) -> _Record:
     """Runs the first stage of one layer and records what `OffsetSpikes` needs."""
     neuron = IntegrateAndFire()
 
