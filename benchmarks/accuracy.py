@@ -83,7 +83,7 @@ def _networks(options: Options) -> Iterator[tuple[str, Network]]:
         return
     model, variables, config = load_snn(options.snn)
     split = config_split(config, "test", options.data_dir, options.images)
-    yield f"{config.model} {config.name}", Network(model, variables, *split)
+    yield f"{config.network.model} {config.name}", Network(model, variables, *split)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The networks to time: folded, with a threshold a layer, from trained weights."""
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nadaptor.checkpoints.checkpoint import load_checkpoint
+from nadaptor.configs.config import replace
 from nadaptor.data.source import PHOTOGRAPHS
 from nadaptor.interop import load_pretrained
 from nadaptor.models import ClippedRelu, ResNet, create, fold_batch_norm, start_scales
@@ -77,7 +77,7 @@ def _read(model: ResNet, weights: Path, images: np.ndarray) -> Any:
 
 def _briefly_trained(data_dir: Path) -> Path:
     """The checkpoint of a ResNet-18 after 100 steps of 64 images: trained weights, little more."""
-    config = dataclasses.replace(
+    config = replace(
         get_config("cifar10_resnet18"),
         name="resnet18_for_speed",
         epochs=1,

@@ -19,8 +19,9 @@ from benchmarks.timing import in_turn, median, ratio
 from nadaptor._files import write_csv, write_json
 from nadaptor._provenance import machine
 from nadaptor.configs.build import build_model, build_optimizer
-from nadaptor.configs.config import Activation, Config, Dtype, Prng
+from nadaptor.configs.config import Config, Dtype, Prng, replace
 from nadaptor.data.registry import get_spec
+from nadaptor.models.config import Activation
 from nadaptor.reports.tables import markdown
 from nadaptor.training import get_config
 from nadaptor.training.state import init_state
@@ -75,7 +76,7 @@ def run(options: Options) -> float:
         facts = {"machine": device(), "jax": jax.__version__, "rounds": options.rounds}
         write_csv(options.out / "training.csv", [{"machine": device(), **row} for row in rows])
         write_json(options.out / "training.json", {**facts, "rows": rows})
-    wanted = _name("noise_adaptor", BASE.prng)
+    wanted = _name("noise_adaptor", BASE.step.prng)
     noise_over_lsq = next(row["time_over_lsq"] for row in rows if row["competitor"] == wanted)
     print(f"noise_over_lsq={noise_over_lsq:.3f}")
     return noise_over_lsq
@@ -84,7 +85,7 @@ def run(options: Options) -> float:
 def time_cell(cell: Cell, options: Options) -> list[dict[str, Any]]:
     """Times all competitors on one network and batch; returns a row for each."""
     competitors = {
-        name: build(dataclasses.replace(config, dtype=options.dtype), cell)
+        name: build(replace(config, dtype=options.dtype), cell)
         for name, config in _configs().items()
     }
     seconds = in_turn({name: c.call for name, c in competitors.items()}, options.rounds, warmup=2)
@@ -107,13 +108,13 @@ def time_cell(cell: Cell, options: Options) -> list[dict[str, Any]]:
 def build(config: Config, cell: Cell) -> Competitor:
     """Compiles one competitor's step, as `train.py` runs it on one device."""
     spec = get_spec(cell.dataset)
-    config = dataclasses.replace(config, model=cell.model)
+    config = replace(config, model=cell.model)
     step = jax.jit(build_step(config, spec, STEPS), donate_argnums=0)
     model = build_model(config, num_classes=spec.num_classes)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (cell.batch, *spec.image_shape), np.uint8)
     images, labels = jax.device_put(pixels), jax.device_put(np.arange(cell.batch, dtype=np.int32))
-    key = jax.random.key(0, impl=config.prng)
+    key = jax.random.key(0, impl=config.step.prng)
     start = jax.numpy.asarray(rng.standard_normal(pixels.shape, np.float32))
     state = init_state(model, build_optimizer(config, STEPS), start, key)
     compiled = step.lower(state, images, labels, key).compile()
@@ -135,8 +136,8 @@ def device() -> str:
 def _configs() -> dict[str, Config]:
     """The competitors: without noise no generator matters."""
     plain: tuple[Activation, ...] = ("relu", "lsq")
-    configs = {name: dataclasses.replace(BASE, activation=name) for name in plain}
-    noisy = {_name(BASE.activation, p): dataclasses.replace(BASE, prng=p) for p in get_args(Prng)}
+    configs = {name: replace(BASE, activation=name) for name in plain}
+    noisy = {_name(BASE.quantizer.activation, p): replace(BASE, prng=p) for p in get_args(Prng)}
     return {**configs, **noisy}
 
 

@@ -7,7 +7,6 @@ means and deviations.
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from nadaptor._files import write_csv, write_json
 from nadaptor.checkpoints.checkpoint import versions
 from nadaptor.cli.command import run_door
+from nadaptor.configs.config import replace
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown
 from nadaptor.training import convert, get_config, simulate_checkpoint, train

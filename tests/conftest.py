@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 
 import jax
 import pytest
@@ -25,9 +24,10 @@ def quick():
 @pytest.fixture(scope="session")
 def tiny():
     """The config of a quantized network that trains in seconds."""
+    from nadaptor.configs.config import replace
     from nadaptor.training import get_config
 
-    return dataclasses.replace(get_config("digits_na"), model="digits_resnet8", epochs=2)
+    return replace(get_config("digits_na"), model="digits_resnet8", epochs=2)
 
 
 @pytest.fixture(scope="session")

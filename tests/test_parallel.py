@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from nadaptor.configs.build import build_optimizer
+from nadaptor.configs.config import replace
 from nadaptor.models import NoiseAdaptor, batch_norm
 from nadaptor.parallel import (
     AXIS,
@@ -21,8 +22,9 @@ from nadaptor.training import get_config
 from nadaptor.training.options import DEFAULT
 from nadaptor.training.run import open_run
 from nadaptor.training.state import init_state
-from nadaptor.training.step import PLAIN, train_step
+from nadaptor.training.step import train_step
 
+PLAIN = get_config("digits_na").step
 BATCH, STEPS = 16, 3
 IMAGES = np.random.default_rng(0).normal(size=(STEPS, BATCH, 4, 4, 2)).astype(np.float32)
 LABELS = np.random.default_rng(1).integers(0, 3, (STEPS, BATCH)).astype(np.int32)
@@ -45,11 +47,11 @@ def trained(num_devices, parallel="pmap", recipe=PLAIN):
     devices = choose_devices(num_devices)
     optimizer = build_optimizer(get_config("digits_na"), STEPS)
     state = init_state(
-        Net(None), optimizer, IMAGES[0], jax.random.key(0), averaged=recipe.average_decay > 0
+        Net(None), optimizer, IMAGES[0], jax.random.key(0), averaged=recipe.ema_decay > 0
     )
     model = Net(devices.axis_name)
     step = functools.partial(
-        train_step, model, optimizer, axis_name=devices.axis_name, recipe=recipe
+        train_step, model, optimizer, config=recipe, axis_name=devices.axis_name
     )
     placed = place_step(step, devices, parallel)
     state, key, losses = placed.replicate(state), placed.replicate(jax.random.key(1)), []
@@ -80,14 +82,14 @@ def test_the_state_has_no_axis_of_devices(one):
 
 
 def test_micro_batches_do_not_depend_on_the_devices():
-    recipe = PLAIN._replace(micro_batches=2)
+    recipe = dataclasses.replace(PLAIN, micro_batches=2)
     (one, losses), (many, of_many) = trained(1, recipe=recipe), trained(4, recipe=recipe)
     assert losses == pytest.approx(of_many, rel=1e-5)
     chex.assert_trees_all_close(one, many, rtol=1e-4, atol=1e-6)
 
 
 def test_the_average_of_the_parameters_follows_them():
-    recipe = PLAIN._replace(average_decay=0.5)
+    recipe = dataclasses.replace(PLAIN, ema_decay=0.5)
     state, _ = trained(1, recipe=recipe)
     plain, _ = trained(1)
     chex.assert_trees_all_equal(state.params, plain.params)
@@ -97,7 +99,7 @@ def test_the_average_of_the_parameters_follows_them():
 
 
 def test_smoothed_targets_change_the_loss():
-    recipe = PLAIN._replace(label_smoothing=0.3)
+    recipe = dataclasses.replace(PLAIN, label_smoothing=0.3)
     _, losses = trained(1, recipe=recipe)
     assert losses[0] != trained(1)[1][0]
 
@@ -106,7 +108,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(tiny):
     devices = choose_devices(8)
     with pytest.raises(ValueError, match=r"20 does not divide by 8 devices times 1 .*; 16 does"):
         check_batch(20, 1, devices)
-    bad = dataclasses.replace(tiny, batch_size=20)
+    bad = replace(tiny, batch_size=20)
     with pytest.raises(ValueError, match="20 does not divide"):
         open_run(bad, dataclasses.replace(DEFAULT, num_devices=8))
 

@@ -1,19 +1,65 @@
-"""What a training run is: one frozen dataclass, and the checks of its values."""
+"""What a training run is: frozen groups of values, and the checks of their ranges.
+
+A group is hashable, and so is itself the cache key of what is built from it: the images of
+`DataConfig`, the network of `NetworkConfig` and `QuantizerConfig`, the optimizer of
+`OptimizerConfig` and the step of `StepConfig`. No field has the name of another group's: on the
+command line, in a checkpoint's card and for `replace` they are all fields of the config.
+"""
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from nadaptor._checks import check_count, check_levels
+from nadaptor._checks import check_count
+from nadaptor.data.augmentation import Augmentation
+from nadaptor.data.config import DataConfig, check_data
+from nadaptor.models.config import NetworkConfig, QuantizerConfig, check_network
+from nadaptor.parallel import Parallel
 
-Activation = Literal[
-    "relu", "lsq", "noise_adaptor", "any_level", "clipped_relu", "qcfs", "slip_relu", "ttrbr"
-]
-# Activations with noise, that compute "lsq" without it.
-NOISY: tuple[Activation, ...] = ("noise_adaptor", "any_level")
 Dtype = Literal["float32", "bfloat16"]
 Prng = Literal["threefry2x32", "rbg", "unsafe_rbg"]
+Select = Literal["last", "best"]
+# Names that cards had before, and what they lacked.
+RENAMED: Mapping[str, str] = {"average_decay": "ema_decay", "scale_start": "scale_init"}
+ADDED: Mapping[str, Any] = {"width": None, "image_size": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """SGD with momentum and a cosine of the learning rate."""
+
+    # Learning rate of the first update; a cosine takes it to 0 at the last.
+    learning_rate: float
+    # Updates over which the learning rate first rises from 0; 0 for none.
+    warmup_steps: int
+    # Fraction of the last update that is kept in the next.
+    momentum: float
+    # Factor of the L2 gradient, on all parameters, scales included.
+    weight_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """One step of training: what is done to its batch, and how it is computed."""
+
+    # Images per step.
+    batch_size: int
+    # What is done to training images: see nadaptor.data.augmentation.prepare_batch.
+    augmentation: Augmentation
+    # Fraction of each target that is spread over all classes.
+    label_smoothing: float
+    # Fraction of the moving average of the parameters that is kept in a step; 0 for no average.
+    ema_decay: float
+    # Parts in which each device computes its batch, one after another, to save memory.
+    micro_batches: int
+    # Type of the computation; parameters, scales and statistics are float32.
+    dtype: Dtype
+    # How a step is spread over several devices.
+    parallel: Parallel
+    # Generator of random bits. With "rbg" and "unsafe_rbg", cheaper on accelerators, the noise of
+    # an example depends on the number of devices.
+    prng: Prng
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,66 +68,67 @@ class Config:
 
     # Name of the run and of its folder.
     name: str
-    # Activation to train with; "relu" is full precision.
-    activation: Activation
     # Config whose trained weights this run starts from; None for random weights.
     parent: str | None
-    # Passes over the training images.
-    epochs: int
-    # Images a step.
-    batch_size: int
-    # Step size of the first update; a cosine takes it to 0 at the last.
-    learning_rate: float
-    # Updates over which the step size first rises from 0; 0 for none.
-    warmup_steps: int
-    # Share of the last update that is kept in the next.
-    momentum: float
-    # Factor of the L2 gradient, on all parameters, scales included.
-    weight_decay: float
-    # p, the quantizer's levels above 0; unused by "relu" and "clipped_relu".
-    levels: int
-    # Start of the learned threshold, in the units of its input; used by "qcfs" and "slip_relu".
-    initial_threshold: float
-    # Half-width of the noise, in units of the scale; used by "noise_adaptor" and "any_level".
-    noise_amplitude: float
-    # Gradient of the noise adaptor's scale: Eq. 10 ("paper") or Eq. 7's ("exact").
-    gradient: Literal["paper", "exact"]
-    # Where scales start: by LSQ's rule, or where the first batch is represented best.
-    scale_init: Literal["lsq", "mmse"]
-    # Whether LSQ's factor 1/sqrt(N*p) is on the gradient of the scale.
-    scale_gradient: bool
-    # Levels of which each step of "any_level" draws one.
-    drawn_levels: tuple[int, ...]
-    # Data set to train on.
-    dataset: str
-    # Images held out of the training set to choose by.
-    validation_size: int
-    # Network, a name in nadaptor.models.MODELS.
-    model: str
     # Seed of the initial weights, the order of the images and the noise.
     seed: int
-    # Training images to use, the first of the training set's order; None for all.
-    train_size: int | None
-    # Pixels are normalised with the mean of the data set, or with that of ImageNet, as weights do
-    # that were trained with it.
-    normalization: Literal["dataset", "imagenet"]
-    # What is done to training images: see nadaptor.data.augmentation.prepare_batch.
-    augmentation: Literal["none", "crop_flip", "autoaugment", "random_resized_crop"]
-    # Share of each target that is spread over all classes.
-    label_smoothing: float
-    # Share of the moving average of the parameters that is kept in a step; 0 for no average.
-    average_decay: float
-    # Parts in which each device computes its batch, one after another, to save memory.
-    micro_batches: int
+    # Passes over the training images.
+    epochs: int
     # Weights that a finished run hands on: the last, or the best on the validation images.
-    select: Literal["last", "best"]
-    # Type of the computation; parameters, scales and statistics are float32.
-    dtype: Dtype
-    # How a step is spread over several devices.
-    parallel: Literal["pmap", "shard_map"]
-    # Generator of random bits. With "rbg" and "unsafe_rbg", cheaper on accelerators, the noise of
-    # an example depends on the number of devices.
-    prng: Prng
+    select: Select
+    data: DataConfig
+    network: NetworkConfig
+    quantizer: QuantizerConfig
+    optimizer: OptimizerConfig
+    step: StepConfig
+
+
+GROUPS: Mapping[str, Any] = {
+    "data": DataConfig,
+    "network": NetworkConfig,
+    "quantizer": QuantizerConfig,
+    "optimizer": OptimizerConfig,
+    "step": StepConfig,
+}
+# The group of each field that lies in one.
+_GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
+_OWN = [f.name for f in dataclasses.fields(Config) if f.name not in GROUPS]
+
+
+def make_config(**fields: Any) -> Config:
+    """Makes a config from all of its fields, whichever group they belong to.
+
+    Raises:
+        TypeError: a field is unknown or missing.
+    """
+    groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    for name in fields.keys() & _GROUP_OF.keys():
+        groups[_GROUP_OF[name]][name] = fields.pop(name)
+    made: dict[str, Any] = {name: kind(**groups[name]) for name, kind in GROUPS.items()}
+    return Config(**fields, **made)
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """Returns a config with some fields changed, as `dataclasses.replace`, in their groups.
+
+    Args:
+        config: the config.
+        **changes: values by the names of fields, or of whole groups.
+
+    Raises:
+        TypeError: there is no field of that name.
+
+    Example:
+        >>> from nadaptor.configs.named import get_config
+        >>> replace(get_config("digits_na"), levels=4, epochs=1).quantizer.levels
+        4
+    """
+    own = {name: value for name, value in changes.items() if name not in _GROUP_OF}
+    for group in {_GROUP_OF[name]: None for name in changes if name in _GROUP_OF}:
+        inside = {name: v for name, v in changes.items() if _GROUP_OF.get(name) == group}
+        before: Any = own.get(group, getattr(config, group))
+        own[group] = dataclasses.replace(before, **inside)
+    return dataclasses.replace(config, **own)
 
 
 def check_config(config: Config) -> Config:
@@ -94,42 +141,65 @@ def check_config(config: Config) -> Config:
 
     Example:
         >>> from nadaptor.configs.named import get_config
-        >>> check_config(dataclasses.replace(get_config("digits_na"), epochs=0))
+        >>> check_config(replace(get_config("digits_na"), epochs=0))
         Traceback (most recent call last):
         ValueError: epochs must be a positive int, not 0
     """
-    for levels in (config.levels, *config.drawn_levels):
-        check_levels(levels)
-    for field in ("epochs", "batch_size", "validation_size", "micro_batches"):
-        check_count(getattr(config, field), field)
-    if config.train_size is not None:
-        check_count(config.train_size, "train_size")
-    for field in ("momentum", "label_smoothing", "average_decay"):
-        if not 0 <= getattr(config, field) < 1:
-            value = getattr(config, field)
-            raise ValueError(f"{field} must be at least 0 and below 1, not {value!r}")
-    if not 0 < config.initial_threshold < float("inf"):
-        raise ValueError(f"initial_threshold must be positive, not {config.initial_threshold!r}")
-    for field in ("learning_rate", "warmup_steps", "weight_decay", "noise_amplitude", "seed"):
-        if not 0 <= getattr(config, field) < float("inf"):
-            raise ValueError(f"{field} must be a number >= 0, not {getattr(config, field)!r}")
+    check_data(config.data)
+    check_network(config.network, config.quantizer)
+    fields = fields_of(config)
+    for field in ("epochs", "batch_size", "micro_batches"):
+        check_count(fields[field], field)
+    for field in ("momentum", "label_smoothing", "ema_decay"):
+        if not 0 <= fields[field] < 1:
+            raise ValueError(f"{field} must be at least 0 and below 1, not {fields[field]!r}")
+    for field in ("learning_rate", "warmup_steps", "weight_decay", "seed"):
+        if not 0 <= fields[field] < float("inf"):
+            raise ValueError(f"{field} must be a number >= 0, not {fields[field]!r}")
+    for field, known in (("select", Select), ("dtype", Dtype), ("prng", Prng)):
+        if fields[field] not in get_args(known):
+            raise ValueError(f"{field} must be one of {get_args(known)}, not {fields[field]!r}")
     return config
 
 
+def fields_of(config: Config) -> dict[str, Any]:
+    """Returns all values by their names, those of the groups among them."""
+    return {
+        **{name: getattr(config, name) for name in _OWN},
+        **{name: getattr(getattr(config, group), name) for name, group in _GROUP_OF.items()},
+    }
+
+
 def to_json(config: Config) -> dict[str, Any]:
-    """Returns the fields of a config as JSON gives them back: a tuple is a list."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Returns the fields of a config as JSON gives them back: a tuple is a list.
+
+    They are flat, as on the command line, so that a group may change and cards stay readable.
+    """
+    return json.loads(json.dumps(fields_of(config)))
 
 
 def from_json(fields: Mapping[str, Any]) -> Config:
-    """Returns the config that `to_json` was given.
+    """Returns the config that `to_json` was given, by this version of nadaptor or an older one.
+
+    Args:
+        fields: from a card; older names are read as today's, and what was not yet there is filled.
+
+    Raises:
+        ValueError: a field is missing or unknown; the card is of a newer version, or no config.
 
     Example:
         >>> from nadaptor.configs.named import get_config
         >>> from_json(to_json(get_config("digits_na"))) == get_config("digits_na")
         True
     """
-    tuples: dict[str, Any] = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
-    return Config(**{**fields, **tuples})
-
-
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    read = {**ADDED, **{RENAMED.get(name, name): value for name, value in tuples.items()}}
+    known = {*_OWN, *_GROUP_OF}
+    if unknown := sorted(read.keys() - known):
+        raise ValueError(
+            f"this version of nadaptor does not know the config's {', '.join(unknown)}; "
+            "read it with the newer version that wrote it"
+        )
+    if missing := sorted(known - read.keys()):
+        raise ValueError(f"the config lacks {', '.join(missing)}; train the network again")
+    return make_config(**read)

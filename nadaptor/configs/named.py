@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from nadaptor._checks import check_name
-from nadaptor.configs.config import Config
+from nadaptor.configs.config import Config, fields_of, make_config, replace
 from nadaptor.configs.paper import PAPER
+from nadaptor.data.config import DataConfig
+from nadaptor.models.config import NetworkConfig
 
 
 def digits_relu() -> Config:
@@ -14,7 +16,7 @@ def digits_relu() -> Config:
 
     `python train.py digits_relu`
     """
-    return Config(
+    return make_config(
         name="digits_relu",
         activation="relu",
         parent=None,
@@ -33,13 +35,15 @@ def digits_relu() -> Config:
         drawn_levels=(1, 2, 4),
         dataset="digits",
         validation_size=150,
+        image_size=None,
         model="digits_resnet20",
+        width=None,
         seed=0,
         train_size=None,
         normalization="dataset",
         augmentation="none",
         label_smoothing=0.0,
-        average_decay=0.0,
+        ema_decay=0.0,
         micro_batches=1,
         select="last",
         dtype="float32",
@@ -55,7 +59,7 @@ def digits_lsq() -> Config:
 
     `python train.py digits_lsq`
     """
-    return dataclasses.replace(
+    return replace(
         digits_relu(),
         name="digits_lsq",
         activation="lsq",
@@ -70,7 +74,7 @@ def digits_na() -> Config:
 
     `python train.py digits_na`
     """
-    return dataclasses.replace(digits_lsq(), name="digits_na", activation="noise_adaptor")
+    return replace(digits_lsq(), name="digits_na", activation="noise_adaptor")
 
 
 def digits_clipped_relu() -> Config:
@@ -78,7 +82,7 @@ def digits_clipped_relu() -> Config:
 
     `python train.py digits_clipped_relu`
     """
-    return dataclasses.replace(digits_lsq(), name="digits_clipped_relu", activation="clipped_relu")
+    return replace(digits_lsq(), name="digits_clipped_relu", activation="clipped_relu")
 
 
 def digits_qcfs() -> Config:
@@ -88,7 +92,7 @@ def digits_qcfs() -> Config:
 
     `python train.py digits_qcfs`
     """
-    return dataclasses.replace(digits_lsq(), name="digits_qcfs", activation="qcfs", levels=4)
+    return replace(digits_lsq(), name="digits_qcfs", activation="qcfs", levels=4)
 
 
 def digits_slip_relu() -> Config:
@@ -96,7 +100,7 @@ def digits_slip_relu() -> Config:
 
     `python train.py digits_slip_relu`
     """
-    return dataclasses.replace(digits_qcfs(), name="digits_slip_relu", activation="slip_relu")
+    return replace(digits_qcfs(), name="digits_slip_relu", activation="slip_relu")
 
 
 def digits_ttrbr() -> Config:
@@ -104,7 +108,7 @@ def digits_ttrbr() -> Config:
 
     `python train.py digits_ttrbr`
     """
-    return dataclasses.replace(digits_lsq(), name="digits_ttrbr", activation="ttrbr", levels=32)
+    return replace(digits_lsq(), name="digits_ttrbr", activation="ttrbr", levels=32)
 
 
 _MADE = (
@@ -120,7 +124,9 @@ CONFIGS: Mapping[str, Callable[[], Config]] = MappingProxyType(
     {**{make.__name__: make for make in _MADE}, **PAPER}
 )
 # A parent's weights fit, and its validation images were held out of it, where these agree.
-INHERITED = ("dataset", "validation_size", "train_size", "normalization", "model", "seed")
+INHERITED = (
+    "seed", *(f.name for group in (DataConfig, NetworkConfig) for f in dataclasses.fields(group))
+)
 
 
 def get_config(name: str) -> Config:
@@ -143,10 +149,10 @@ def parent_of(config: Config) -> Config | None:
         ValueError: there is no config of the parent's name.
 
     Example:
-        >>> parent_of(dataclasses.replace(get_config("digits_na"), seed=3)).seed
+        >>> parent_of(replace(get_config("digits_na"), seed=3)).seed
         3
     """
     if config.parent is None:
         return None
-    same = {field: getattr(config, field) for field in INHERITED}
-    return dataclasses.replace(get_config(config.parent), **same)
+    same = {name: value for name, value in fields_of(config).items() if name in INHERITED}
+    return replace(get_config(config.parent), **same)

@@ -12,11 +12,10 @@ and the full-precision runs, which stand for the pre-trained networks that the p
 With `--init-from FILE` a file of weights takes their place.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from nadaptor.configs.config import Config
+from nadaptor.configs.config import Config, make_config, replace
 from nadaptor.configs.tables import CIFAR10, IMAGENET, Row
 
 Maker = Callable[[], Config]
@@ -29,7 +28,7 @@ def cifar10_resnet18() -> Config:
 
     `python train.py cifar10_resnet18`
     """
-    return Config(
+    return make_config(
         name="cifar10_resnet18",
         activation="relu",
         parent=None,
@@ -48,13 +47,15 @@ def cifar10_resnet18() -> Config:
         drawn_levels=(1, 2, 4),
         dataset="cifar10",
         validation_size=5000,
+        image_size=None,
         model="cifar_resnet18",
+        width=None,
         seed=0,
         train_size=None,
         normalization="dataset",
         augmentation="autoaugment",
         label_smoothing=0.0,
-        average_decay=0.0,
+        ema_decay=0.0,
         micro_batches=1,
         select="best",
         dtype="float32",
@@ -71,7 +72,7 @@ def cifar10_resnet20() -> Config:
 
     `python train.py cifar10_resnet20`
     """
-    return dataclasses.replace(
+    return replace(
         cifar10_resnet18(),
         name="cifar10_resnet20",
         model="cifar_resnet20",
@@ -89,7 +90,7 @@ def cifar10_resnet20_na() -> Config:
 
     `python train.py cifar10_resnet20_na --init-from FILE`
     """
-    return dataclasses.replace(
+    return replace(
         cifar10_resnet20(),
         name="cifar10_resnet20_na",
         parent="cifar10_resnet20",
@@ -110,7 +111,7 @@ def cifar10_resnet20_lsq() -> Config:
 
     `python train.py cifar10_resnet20_lsq --init-from FILE`
     """
-    return dataclasses.replace(
+    return replace(
         cifar10_resnet20_na(), name="cifar10_resnet20_lsq", activation="lsq"
     )
 
@@ -122,7 +123,7 @@ def imagenet_resnet50() -> Config:
 
     `python train.py imagenet_resnet50`
     """
-    return dataclasses.replace(
+    return replace(
         cifar10_resnet18(),
         name="imagenet_resnet50",
         epochs=90,
@@ -143,7 +144,7 @@ def folder_resnet50_na() -> Config:
 
     `python train.py folder_resnet50_na --data-dir DIR`, DIR with `train/CLASS` and `val/CLASS`
     """
-    return dataclasses.replace(
+    return replace(
         imagenet_resnet50(),
         name="folder_resnet50_na",
         activation="noise_adaptor",
@@ -160,7 +161,7 @@ def _full_precision(model: str, table: int) -> Maker:
     """The function that makes imagenet_resnet50's config for another network."""
 
     def make() -> Config:
-        return dataclasses.replace(imagenet_resnet50(), name=f"imagenet_{model}", model=model)
+        return replace(imagenet_resnet50(), name=f"imagenet_{model}", model=model)
 
     make.__name__ = make.__qualname__ = f"imagenet_{model}"
     make.__doc__ = f"""Full-precision {model} on ImageNet, from which Table {table}'s starts.
@@ -176,7 +177,7 @@ def _maker(row: Row, base: Maker, weight_decay: float) -> Maker:
     """The function that makes a row's config, with the docstring of one written by hand."""
 
     def make() -> Config:
-        return dataclasses.replace(
+        return replace(
             base(),
             name=row.name,
             parent=base().name,

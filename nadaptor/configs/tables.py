@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from nadaptor.configs.config import Activation
 from nadaptor.configs.inference import CorrectionName
+from nadaptor.models.config import Activation
 
 
 class Row(NamedTuple):

@@ -23,7 +23,7 @@ from nadaptor.calibration import (
     percentile,
 )
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from nadaptor.configs.config import from_json, to_json
+from nadaptor.configs.config import from_json, replace, to_json
 from nadaptor.conversion.convert import build_folded
 from nadaptor.data.registry import load_split
 from nadaptor.models import ClippedRelu, fold_batch_norm
@@ -63,15 +63,16 @@ def convert_calibrated(checkpoint: Path, out: Path, options: CalibrationOptions)
         raise ValueError(f"{out} exists already; choose another --out or remove it")
     variables, card = load_checkpoint(checkpoint, "ann")
     config = from_json(card["config"])
-    if config.activation != "relu":
+    activation = config.quantizer.activation
+    if activation != "relu":
         raise ValueError(
-            f"{checkpoint} was trained with {config.activation!r}, which has thresholds of its "
+            f"{checkpoint} was trained with {activation!r}, which has thresholds of its "
             "own; convert it without --calibrate"
         )
     count = check_count(options.num_images, "num_images")
-    images = load_split(config.dataset, "train", config.validation_size).images[:count]
-    images = jnp.asarray(images)
-    clipped = dataclasses.replace(config, activation="clipped_relu")
+    images = load_split(config.data.dataset, "train", config.data.validation_size).images
+    images = jnp.asarray(images[:count])
+    clipped = replace(config, activation="clipped_relu")
     model = build_folded(clipped)
     calibrated = calibrate_resnet(model, fold_batch_norm(variables), images, options)
     card = {

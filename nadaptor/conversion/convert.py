@@ -1,6 +1,5 @@
 """The conversion of a trained checkpoint: folds batch norm, checks itself, writes the SNN."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from flax import traverse_util
 from nadaptor._checks import check_count
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from nadaptor.configs.build import build_model, config_split
-from nadaptor.configs.config import NOISY, Config, from_json, to_json
+from nadaptor.configs.config import Config, from_json, replace, to_json
 from nadaptor.conversion.identities import Check, check_conversion
 from nadaptor.errors import RunError
 from nadaptor.models import fold_batch_norm
+from nadaptor.models.config import ACTIVATIONS
 
 
 def convert(
@@ -46,7 +46,7 @@ def convert(
         raise ValueError("num_images must be at least 2, for the check that splits the batch")
     variables, card = load_checkpoint(checkpoint, "ann")
     config = from_json(card["config"])
-    if config.activation == "relu":
+    if ACTIVATIONS[config.quantizer.activation].converts_as is None:
         raise ValueError(
             f"{checkpoint} is a full-precision network, in which nothing would spike; train a "
             "quantized one from it, such as digits_na"
@@ -55,11 +55,11 @@ def convert(
     images = config_split(config, "validation", data_dir, num_images).images
     num_classes = class_count(folded)
     # In float32 also after training in bfloat16: the checks compare float against float.
-    full = dataclasses.replace(config, dtype="float32")
+    full = replace(config, dtype="float32")
     model = build_model(full, num_classes=num_classes)
     spiking_model = build_folded(config, num_classes)
     checks = check_conversion(
-        model, variables, spiking_model, folded, config.levels, jnp.asarray(images)
+        model, variables, spiking_model, folded, config.quantizer.levels, jnp.asarray(images)
     )
     for check in checks:
         print(check)
@@ -90,8 +90,8 @@ def load_snn(checkpoint: Path) -> tuple[nn.Module, Any, Config]:
 
 def build_folded(config: Config, num_classes: int | None = None) -> nn.Module:
     """Builds the network to simulate: without batch norm, and with no noise to switch on."""
-    activation = "lsq" if config.activation in NOISY else config.activation
-    quiet = dataclasses.replace(config, activation=activation, dtype="float32")
+    kept = ACTIVATIONS[config.quantizer.activation].converts_as or config.quantizer.activation
+    quiet = replace(config, activation=kept, dtype="float32")
     return build_model(quiet, folded=True, num_classes=num_classes)
 
 
@@ -107,9 +107,9 @@ def _card(config: Config, variables: Any, checks: list[Check], source: str) -> d
         if path[-1] == "quant_scale"
     }
     return {
-        "model": config.model,
-        "levels": config.levels,
-        "thresholds": {name: (s * config.levels).tolist() for name, s in scales.items()},
+        "model": config.network.model,
+        "levels": config.quantizer.levels,
+        "thresholds": {name: (s * config.quantizer.levels).tolist() for name, s in scales.items()},
         "config": to_json(config),
         "source": source,
         "checks": [{**check._asdict(), "holds": check.holds} for check in checks],

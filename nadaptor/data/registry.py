@@ -11,8 +11,9 @@ from nadaptor._checks import check_name
 from nadaptor.data import digits, synthetic
 from nadaptor.data import image_folder as folder
 from nadaptor.data import tfds as prepared
+from nadaptor.data.config import DataConfig
 from nadaptor.data.crops import evaluation_image
-from nadaptor.data.source import Source, Spec, Split, SplitName, permutation
+from nadaptor.data.source import PHOTOGRAPHS, Source, Spec, Split, SplitName, permutation
 
 __all__ = [
     "Split",
@@ -22,6 +23,7 @@ __all__ = [
     "load_source",
     "load_split",
     "open_source",
+    "open_split",
     "resolve_data_dir",
     "steps_per_epoch",
 ]
@@ -54,7 +56,11 @@ def get_spec(dataset: str, data_dir: Path | None = None) -> Spec:
 
 
 def open_source(
-    dataset: str, split: SplitName, validation_size: int, data_dir: Path | None = None
+    dataset: str,
+    split: SplitName,
+    validation_size: int,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
 ) -> Source:
     """Opens one split of a data set.
 
@@ -67,6 +73,8 @@ def open_source(
         validation_size: images held out of the training set.
         data_dir: where to look; a TFDS data set in `data_dir/tfds`, then in `data_dir`. None for
             the environment's NADAPTOR_DATA_DIR.
+        image_size: pixels per side of photographs of many shapes; None for 224. Images that are
+            all of one shape have their own size only.
 
     Returns:
         The source. Small images of one shape lie in memory, as uint8.
@@ -79,7 +87,33 @@ def open_source(
         >>> open_source("digits", "validation", 150).size
         150
     """
-    return _open(dataset, split, validation_size, resolve_data_dir(data_dir))
+    size = IMAGE_SIZE if image_size is None else image_size
+    source = _open(dataset, split, validation_size, resolve_data_dir(data_dir), size)
+    if image_size is not None and source.spec.image_shape[:2] != (image_size, image_size):
+        shape = source.spec.image_shape
+        raise ValueError(
+            f"image_size must be left out, not {image_size}: the images of {dataset} are {shape}"
+        )
+    return source
+
+
+def open_split(data: DataConfig, split: SplitName, data_dir: Path | None) -> Source:
+    """Opens a split of a config's data set, with its normalisation, image and training size.
+
+    Raises:
+        ValueError: as `open_source`, or `train_size` is more than there is.
+    """
+    source = open_source(
+        data.dataset, split, data.validation_size, data_dir, image_size=data.image_size
+    )
+    if data.normalization == "imagenet":
+        mean, deviation = PHOTOGRAPHS
+        source = source._replace(spec=source.spec._replace(mean=mean, deviation=deviation))
+    if split != "train" or data.train_size is None:
+        return source
+    if data.train_size > source.size:
+        raise ValueError(f"train_size {data.train_size} is more than the {source.size} there are")
+    return source._replace(size=data.train_size)
 
 
 def resolve_data_dir(data_dir: Path | None) -> Path | None:
@@ -188,15 +222,17 @@ _order = functools.lru_cache(maxsize=4)(permutation)
 
 # The cache keeps a set of small images in memory once, however often it is asked for.
 @functools.lru_cache(maxsize=4)
-def _open(dataset: str, split: SplitName, validation_size: int, root: Path | None) -> Source:
+def _open(
+    dataset: str, split: SplitName, validation_size: int, root: Path | None, image_size: int
+) -> Source:
     if dataset == "digits":
         return digits.open_digits(split, validation_size)
     if dataset == "synthetic":
         return synthetic.open_synthetic(split, validation_size)
     if is_folder(dataset):
-        return folder.open_folder(dataset, split, validation_size, root, IMAGE_SIZE)
+        return folder.open_folder(dataset, split, validation_size, root, image_size)
     name = _check_dataset(dataset, root)
-    return prepared.open_prepared(name, split, validation_size, root, IMAGE_SIZE)
+    return prepared.open_prepared(name, split, validation_size, root, image_size)
 
 
 def _check_dataset(dataset: str, root: Path | None) -> str:

@@ -1,6 +1,5 @@
 """The report of a converted network: its accuracy at every t, as CSV, JSON and a plot."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +9,12 @@ import jax
 from nadaptor._checks import check_count
 from nadaptor._files import write_csv, write_json
 from nadaptor.configs.build import build_model, config_split
-from nadaptor.configs.config import NOISY, Config, to_json
+from nadaptor.configs.config import Config, replace, to_json
 from nadaptor.configs.inference import PLAIN, Inference
 from nadaptor.conversion.convert import class_count, load_snn
 from nadaptor.data.registry import Split
 from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
+from nadaptor.models.config import ACTIVATIONS
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown, percent
 
@@ -96,9 +96,9 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
 
 def noisy_accuracy(config: Config, variables: Any, images: Split) -> float | None:
     """Accuracy with the noise on, where the network has step sizes for it."""
-    if config.activation not in ("lsq", *NOISY):
+    if ACTIVATIONS[config.quantizer.activation].converts_as != "lsq":
         return None
-    noisy = dataclasses.replace(config, activation="noise_adaptor", dtype="float32")
+    noisy = replace(config, activation="noise_adaptor", dtype="float32")
     noisy = build_model(noisy, folded=True, num_classes=class_count(variables))
     return ann_accuracy(noisy, variables, images, jax.random.key(config.seed))
 

@@ -16,7 +16,7 @@ from nadaptor._checks import check_count
 from nadaptor._files import write_json
 from nadaptor._provenance import provenance
 from nadaptor.configs.build import config_split
-from nadaptor.configs.config import Config, Dtype, to_json
+from nadaptor.configs.config import Config, Dtype, replace, to_json
 from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.named import get_config
 from nadaptor.conversion.convert import convert, load_snn
@@ -51,7 +51,7 @@ FIXED_LEVELS: Mapping[str, int] = {"clipped_relu": 1, "ttrbr": 32}
 # Fields of a study that a cell's figures depend on, beside its config.
 SETTINGS = ("num_steps", "correction_steps", "split", "num_images")
 # Fields of a study that are put in place of its config's.
-CHANGED = ("model", "epochs", "learning_rate", "train_size", "dtype")
+CHANGED = ("model", "width", "image_size", "epochs", "learning_rate", "train_size", "dtype")
 Cells = Mapping["Cell", Mapping[str, Any]]
 
 
@@ -75,9 +75,13 @@ class Study:
     config: str = "digits_lsq"
     # Network, where it is not the config's.
     model: str | None = None
+    # Features of its first stage, where they are not the config's.
+    width: int | None = None
+    # Pixels per side of an image, where they are not the config's.
+    image_size: int | None = None
     # Passes over the training images, where they are not the config's.
     epochs: int | None = None
-    # Step size of the first update, where it is not the config's.
+    # Learning rate of the first update, where it is not the config's.
     learning_rate: float | None = None
     # Training images, where they are not the config's.
     train_size: int | None = None
@@ -195,7 +199,7 @@ def _measure(cell: Cell, study: Study, workdir: Path, options: Options) -> dict[
 def config_of(cell: Cell, study: Study) -> Config:
     """Returns the config that a cell's network is trained with."""
     config = get_config(study.config)
-    return dataclasses.replace(
+    return replace(
         config,
         name=cell.network.name,
         **{"activation": cell.network.method, **METHODS.get(cell.network.method, {})},

@@ -108,7 +108,7 @@ def _summary(
     }
     config = config_of(Cell(network, correction, 0), study)
     paper = published(
-        config.model, network.method, config.levels, config.epochs, correction
+        config.network.model, network.method, config.quantizer.levels, config.epochs, correction
     )
     if paper is None:
         return [measured]

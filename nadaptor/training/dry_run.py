@@ -44,14 +44,14 @@ def dry_run(config: Config, options: Options) -> Cost:
     start_processes(options.coordinator, options.num_processes, options.process_id)
     run = open_run(config, options)
     step = build_step(config, run.images.spec, run.total_steps, run.devices.axis_name)
-    placed = place_step(step, run.devices, config.parallel)
+    placed = place_step(step, run.devices, config.step.parallel)
     state = placed.replicate(first_state(run, None))
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     stream = batches(
         run.images,
-        config.augmentation,
+        config.step.augmentation,
         config.seed,
-        config.batch_size,
+        config.step.batch_size,
         process_index=run.devices.process_index,
         process_count=run.devices.process_count,
     )
@@ -70,7 +70,7 @@ def dry_run(config: Config, options: Options) -> Cost:
     seconds = (time.perf_counter() - started) / STEPS
     temporary = getattr(memory, "temp_size_in_bytes", None)
     cost = Cost(parameters, temporary, compile_seconds, seconds, run.total_steps)
-    print(_report(cost, config.batch_size, run.devices.total))
+    print(_report(cost, config.step.batch_size, run.devices.total))
     return cost
 
 

@@ -108,7 +108,7 @@ def cut(start: int, total: int, *every: int) -> Iterator[range]:
 
 def _streamed(run: Run, start_step: int, stream: Iterator[Batch]) -> Feed:
     """One step at a time, its batch from the host."""
-    placed = place_step(_step(run), run.devices, run.config.parallel, STEP)
+    placed = place_step(_step(run), run.devices, run.config.step.parallel, STEP)
     key = placed.replicate(run.keys.steps)
     ready = prefetch(
         stream, lambda b: b._replace(images=placed.put(b.images), labels=placed.put(b.labels))
@@ -124,14 +124,14 @@ def _streamed(run: Run, start_step: int, stream: Iterator[Batch]) -> Feed:
 def _resident(run: Run, start_step: int) -> Feed:
     """All steps until the next snapshot as one program, its images on the devices."""
     config, devices, size = run.config, run.devices, run.images.size
-    placed = place_step(_looped(_step(run)), devices, config.parallel, RESIDENT)
+    placed = place_step(_looped(_step(run)), devices, config.step.parallel, RESIDENT)
     key = placed.replicate(run.keys.steps)
     images, labels = (placed.replicate(x[:size]) for x in run.images.resident or ())
-    part = part_of(config.batch_size, devices.process_index, devices.process_count)
+    part = part_of(config.step.batch_size, devices.process_index, devices.process_count)
     lengths = run.epoch_steps, run.options.snapshot_steps or run.epoch_steps
 
     def advance(state: Any, steps: range) -> tuple[Any, Any]:
-        chosen = step_indices(size, config.seed, steps, config.batch_size)[:, part]
+        chosen = step_indices(size, config.seed, steps, config.step.batch_size)[:, part]
         padding = ((0, min(lengths) - len(steps)), (0, 0))
         indices = placed.put(np.ascontiguousarray(np.pad(chosen, padding).T))
         count = placed.replicate(np.int32(len(steps)))
@@ -145,9 +145,9 @@ def _stream(run: Run, start_step: int) -> Generator[Batch, None, None]:
     config, devices = run.config, run.devices
     return batches(
         run.images,
-        config.augmentation,
+        config.step.augmentation,
         config.seed,
-        config.batch_size,
+        config.step.batch_size,
         start_step=start_step,
         process_index=devices.process_index,
         process_count=devices.process_count,

@@ -73,7 +73,7 @@ def fine_tune(source: Path, out: Path, tuning: FineTuning) -> list[float]:
     if out.exists():
         raise ValueError(f"{out} exists already; choose another --out or remove it")
     model, variables, config = load_snn(source)
-    images = load_split(config.dataset, "train", config.validation_size)
+    images = load_split(config.data.dataset, "train", config.data.validation_size)
     size = check_count(tuning.batch_size, "batch_size")
     epoch_steps = steps_per_epoch(len(images.labels), size)
     total = check_count(tuning.epochs, "epochs") * epoch_steps

@@ -1,7 +1,6 @@
 """The training loop: full precision first, then quantized from it, each run in its own folder."""
 
 import contextlib
-import dataclasses
 import signal
 import threading
 import time
@@ -15,9 +14,9 @@ import numpy as np
 
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint, save_checkpoint
 from nadaptor.checkpoints.snapshots import Snapshot, Snapshots
-from nadaptor.configs.build import open_split
-from nadaptor.configs.config import Config, to_json
+from nadaptor.configs.config import Config, from_json, to_json
 from nadaptor.configs.named import INHERITED, parent_of
+from nadaptor.data.registry import open_split
 from nadaptor.errors import Interrupted
 from nadaptor.evaluation.measure import source_accuracy
 from nadaptor.parallel import start_processes
@@ -77,7 +76,7 @@ def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> float
         variables = first_state(run, weights).variables
     else:
         variables, _ = load_checkpoint(workdir / config.name / "checkpoint", "ann")
-    test = open_split(config, "test", options.data_dir)
+    test = open_split(config.data, "test", options.data_dir)
     return source_accuracy(run.model, variables, test, run.devices)
 
 
@@ -117,8 +116,8 @@ def fit(
                 for step, loss, accuracy in _fetch(*waiting.popleft()):
                     tally = add_step(tally, step, loss, accuracy, run.images.spec.num_classes)
                     fetched += 1
-                    rate = fetched * config.batch_size / (time.perf_counter() - started)
-                    log.step(step, loss, accuracy, rate, config.batch_size)
+                    rate = fetched * config.step.batch_size / (time.perf_counter() - started)
+                    log.step(step, loss, accuracy, rate, config.step.batch_size)
             accuracy = None
             if epoch_ends:
                 variables = jax.device_get(state.variables)
@@ -142,7 +141,7 @@ def _train(config: Config, workdir: Path, options: Options) -> Path:
     folder = workdir / config.name
     checkpoint = folder / "checkpoint"
     if checkpoint.exists():
-        return _finished(checkpoint, config, [f.name for f in dataclasses.fields(config)])
+        return _finished(checkpoint, config, to_json(config))
     parent = None if (folder / "snapshots").exists() else parent_of(config)
     if parent and not options.init_from:
         _train_parent(parent, workdir, options)
@@ -240,7 +239,7 @@ def _meet(name: str) -> None:
 
 def _finished(checkpoint: Path, config: Config, fields: Iterable[str]) -> Path:
     """Returns the checkpoint of a finished run, if its config agrees in these fields."""
-    trained = load_card(checkpoint, "ann")["config"]
+    trained = to_json(from_json(load_card(checkpoint, "ann")["config"]))
     for field in fields:
         wanted = to_json(config)[field]
         if trained[field] != wanted:

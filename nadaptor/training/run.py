@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from nadaptor._checks import check_count
-from nadaptor.configs.build import build_model, build_optimizer, open_split
+from nadaptor.configs.build import build_model, build_optimizer
 from nadaptor.configs.config import Config, check_config, to_json
 from nadaptor.data.augmentation import prepare_batch
 from nadaptor.data.loader import batches
-from nadaptor.data.registry import steps_per_epoch
+from nadaptor.data.registry import open_split, steps_per_epoch
 from nadaptor.data.source import Source
 from nadaptor.parallel import Devices, check_batch, choose_devices
 from nadaptor.training.options import Options
@@ -50,7 +50,8 @@ class Run(NamedTuple):
     @property
     def keys(self) -> Keys:
         """The keys of the run, from its seed."""
-        return Keys(*jax.random.split(jax.random.key(self.config.seed, impl=self.config.prng), 3))
+        key = jax.random.key(self.config.seed, impl=self.config.step.prng)
+        return Keys(*jax.random.split(key, 3))
 
     @property
     def card(self) -> dict[str, Any]:
@@ -73,15 +74,15 @@ def open_run(config: Config, options: Options) -> Run:
     if options.snapshot_steps is not None:
         check_count(options.snapshot_steps, "snapshot_steps")
     devices = choose_devices(options.num_devices)
-    check_batch(config.batch_size, config.micro_batches, devices)
-    images = open_split(config, "train", options.data_dir)
-    epoch_steps = steps_per_epoch(images.size, config.batch_size)
+    check_batch(config.step.batch_size, config.step.micro_batches, devices)
+    images = open_split(config.data, "train", options.data_dir)
+    epoch_steps = steps_per_epoch(images.size, config.step.batch_size)
     return Run(
         config,
         options,
         devices,
         images,
-        open_split(config, "validation", options.data_dir),
+        open_split(config.data, "validation", options.data_dir),
         _is_resident(options.resident, config, images, devices),
         epoch_steps,
         build_model(config, num_classes=images.spec.num_classes),
@@ -99,23 +100,28 @@ def first_state(run: Run, pretrained: Any | None) -> TrainState:
         pretrained: variables to start from; None for random weights.
     """
     config, keys = run.config, run.keys
-    stream = batches(run.images, config.augmentation, config.seed, config.batch_size)
+    stream = batches(run.images, config.step.augmentation, config.seed, config.step.batch_size)
     first = next(stream)
     stream.close()
     spec = run.images.spec
-    images = jax.jit(lambda k, x: prepare_batch(k, x, spec, config.augmentation))(
+    images = jax.jit(lambda k, x: prepare_batch(k, x, spec, config.step.augmentation))(
         keys.first_batch, first.images
     )
     return init_state(
-        run.model, run.optimizer, images, keys.start, pretrained, averaged=config.average_decay > 0
+        run.model,
+        run.optimizer,
+        images,
+        keys.start,
+        pretrained,
+        averaged=config.step.ema_decay > 0,
     )
 
 
 def state_shape(run: Run) -> TrainState:
     """Returns the structure and shapes of the run's state; computes nothing."""
-    shape = (run.config.batch_size, *run.images.spec.image_shape)
+    shape = (run.config.step.batch_size, *run.images.spec.image_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
-    averaged = run.config.average_decay > 0
+    averaged = run.config.step.ema_decay > 0
     return jax.eval_shape(
         lambda x, k: init_state(run.model, run.optimizer, x, k, averaged=averaged),
         images,
@@ -147,9 +153,10 @@ def read_weights(run: Run, path: Path) -> tuple[Any, dict[str, str]]:
 
 def _is_resident(wanted: bool | None, config: Config, images: Source, devices: Devices) -> bool:
     """Whether to have the images on the devices: where it is wanted, or by default faster."""
-    on_host = config.augmentation == "random_resized_crop"
+    on_host = config.step.augmentation == "random_resized_crop"
     if wanted and (on_host or images.resident is None):
-        why = f"{config.augmentation} is done" if on_host else f"{config.dataset} is read"
+        doing, dataset = config.step.augmentation, config.data.dataset
+        why = f"{doing} is done" if on_host else f"{dataset} is read"
         raise ValueError(f"resident must not be True: {why} on the host; leave --resident out")
     if wanted is not None:
         return wanted

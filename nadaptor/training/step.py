@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from nadaptor.configs.build import build_model, build_optimizer
-from nadaptor.configs.config import Config
-from nadaptor.data.augmentation import Augmentation, prepare_batch
+from nadaptor.configs.config import Config, StepConfig
+from nadaptor.data.augmentation import prepare_batch
 from nadaptor.data.source import Spec
-from nadaptor.models import (
-    project_scales,
-)
+from nadaptor.models import project_scales
 from nadaptor.training.state import TrainState
 
 
@@ -26,15 +24,6 @@ class Metrics(NamedTuple):
     accuracy: jax.Array  # 0 to 1
 
 
-class Recipe(NamedTuple):
-    """What a step does beside the plain update."""
-
-    label_smoothing: float  # share of each target that is spread over all classes
-    micro_batches: int  # parts of a device's batch, computed one after another
-    average_decay: float  # d, share of the average of the parameters kept in a step
-
-
-PLAIN = Recipe(label_smoothing=0.0, micro_batches=1, average_decay=0.0)
 # (key, images, place of the first of them in the whole) -> the images as the network takes them
 Prepare = Callable[[jax.Array, jax.Array, jax.Array | int], jax.Array]
 
@@ -55,9 +44,8 @@ def build_step(
         same arguments give the same function, for jit to know it again.
     """
     model = build_model(config, axis_name, num_classes=spec.num_classes)
-    recipe = Recipe(config.label_smoothing, config.micro_batches, config.average_decay)
     optimizer = build_optimizer(config, total_steps)
-    return _step(model, optimizer, axis_name, recipe, spec, config.augmentation)
+    return _step(model, optimizer, config.step, axis_name, spec)
 
 
 def train_step(
@@ -68,8 +56,8 @@ def train_step(
     labels: jax.Array,
     key: jax.Array,
     *,
+    config: StepConfig,
     axis_name: str | None = None,
-    recipe: Recipe = PLAIN,
     prepare: Prepare | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Does one update: a pure function, to be jitted or mapped with the state donated.
@@ -87,8 +75,8 @@ def train_step(
         labels: [B], int.
         key: typed PRNG key of the run, the same at every step and on every device: what a step
             draws comes from `fold_in(key, step)`, the micro-batch, and an example's place in it.
+        config: label smoothing, micro-batches and the average of the parameters.
         axis_name: mapped axis over which gradients and metrics are averaged.
-        recipe: label smoothing, micro-batches and the average of the parameters.
         prepare: what augments and normalises the images; None where they come ready.
 
     Returns:
@@ -96,7 +84,7 @@ def train_step(
     """
     step_key = jax.random.fold_in(key, state.step)
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-    first = first * (len(labels) // recipe.micro_batches)
+    first = first * (len(labels) // config.micro_batches)
 
     def one(batch_stats: Any, part: tuple[jax.Array, ...]) -> tuple[Any, tuple[Any, Metrics]]:
         images, labels, index = part
@@ -104,18 +92,19 @@ def train_step(
         if prepare is not None:
             images = prepare(augmentation_key, images, first)
         grads, batch_stats, metrics = _gradients(
-            model, state.params, batch_stats, images, labels, noise_key, recipe.label_smoothing
+            model, state.params, batch_stats, images, labels, noise_key, config.label_smoothing
         )
         return batch_stats, (grads, metrics)
 
-    batch_stats, (grads, metrics) = _in_parts(one, state.batch_stats, images, labels, recipe)
+    parts = config.micro_batches
+    batch_stats, (grads, metrics) = _in_parts(one, state.batch_stats, images, labels, parts)
     if axis_name is not None:
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = project_scales(optax.apply_updates(state.params, updates))
     average = state.average
     if average is not None:
-        average = optax.incremental_update(params, average, 1 - recipe.average_decay)
+        average = optax.incremental_update(params, average, 1 - config.ema_decay)
     return TrainState(state.step + jnp.int32(1), params, batch_stats, opt_state, average), metrics
 
 
@@ -154,10 +143,9 @@ def _in_parts(
     batch_stats: Any,
     images: jax.Array,
     labels: jax.Array,
-    recipe: Recipe,
+    count: int,
 ) -> tuple[Any, Any]:
     """Runs `one` on each micro-batch in turn; returns the last statistics, and means."""
-    count = recipe.micro_batches
     if count == 1:
         return one(batch_stats, (images, labels, jnp.int32(0)))
     parts = [
@@ -179,16 +167,15 @@ def _in_parts(
 def _step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
+    config: StepConfig,
     axis_name: str | None,
-    recipe: Recipe,
     spec: Spec,
-    augmentation: Augmentation,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     def prepare(key: jax.Array, images: jax.Array, first: jax.Array | int) -> jax.Array:
-        return prepare_batch(key, images, spec, augmentation, first)
+        return prepare_batch(key, images, spec, config.augmentation, first)
 
     return functools.partial(
-        train_step, model, optimizer, axis_name=axis_name, recipe=recipe, prepare=prepare
+        train_step, model, optimizer, config=config, axis_name=axis_name, prepare=prepare
     )
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import os
 import runpy
 import shutil
@@ -11,6 +10,7 @@ import pytest
 
 from nadaptor import demo
 from nadaptor.cli.command import run_door
+from nadaptor.configs.config import replace
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -44,7 +44,7 @@ def refused(result, *words, code=2):
 
 
 def test_the_three_doors_do_the_whole_job(call, tiny, tmp_path):
-    sizes = ["--model", tiny.model, "--epochs", tiny.epochs, "--workdir", tmp_path]
+    sizes = ["--model", tiny.network.model, "--epochs", tiny.epochs, "--workdir", tmp_path]
     code, out, _ = call("train.py", "digits_relu", *sizes)
     assert code == 0
     code, out, _ = call("train.py", "digits_lsq", *sizes)
@@ -134,7 +134,7 @@ def test_a_defect_keeps_its_traceback():
 
 def test_the_demo_makes_its_table_and_files(tmp_path, tiny, monkeypatch, capsys):
     configs = {
-        name: dataclasses.replace(tiny, name=name, activation=activation, epochs=1)
+        name: replace(tiny, name=name, activation=activation, epochs=1)
         for name, activation in (("digits_lsq", "lsq"), ("digits_na", "noise_adaptor"))
     }
     monkeypatch.setattr(demo, "get_config", configs.get)

@@ -31,8 +31,9 @@ def test_a_full_precision_network_converts_and_comes_near_its_accuracy(source, t
     report = simulate_checkpoint(tmp_path / "snn", 64, "validation")
     variables, _ = load_checkpoint(source, "ann")
     config = load_snn(tmp_path / "snn")[2]
-    relu = create(config.model, 10)
-    ann = ann_accuracy(relu, variables, load_split("digits", "validation", config.validation_size))
+    relu = create(config.network.model, 10)
+    images = load_split("digits", "validation", config.data.validation_size)
+    ann = ann_accuracy(relu, variables, images)
     assert abs(report["accuracy"][-1] - ann) <= 0.03
     assert report["ann_noisy"] is None
 

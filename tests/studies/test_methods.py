@@ -45,7 +45,7 @@ def test_every_method_tends_to_its_own_network_with_clipped_relus(method):
 
 def test_offset_spikes_help_a_trained_network_at_T_equal_rho(runs):
     model, variables, config = load_snn(runs / "digits_na" / "snn")
-    images = load_split("digits", "validation", config.validation_size).images[:64]
+    images = load_split("digits", "validation", config.data.validation_size).images[:64]
     ann = model.apply(variables, images)
 
     def error(name):
@@ -63,7 +63,7 @@ def test_offset_spikes_help_a_trained_network_at_T_equal_rho(runs):
 def test_the_converted_network_of_every_config_has_its_own_activation_without_noise(name):
     config = get_config(name)
     trained, folded = build_model(config), build_folded(config)
-    expected = "Lsq" if config.activation == "noise_adaptor" else layer_of(trained)
+    expected = "Lsq" if config.quantizer.activation == "noise_adaptor" else layer_of(trained)
     assert layer_of(folded) == expected
     assert folded.norm is None
 

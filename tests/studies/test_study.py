@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from nadaptor.configs.config import check_config
+from nadaptor.configs.config import check_config, replace
 from nadaptor.configs.inference import CORRECTIONS, get_inference
 from nadaptor.configs.tables import published
 from nadaptor.data.registry import load_split
@@ -134,7 +134,7 @@ def test_every_named_study_is_valid_and_says_how_it_is_run(name):
 def test_a_variant_changes_its_own_field_alone():
     study = Study(methods=("noise_adaptor", "noise_adaptor_exact"), levels=(2,), seeds=1)
     plain, exact = (config_of(c, study) for c in cells_of(study) if c.correction == "none")
-    assert dataclasses.replace(plain, name=exact.name, gradient="exact") == exact
+    assert replace(plain, name=exact.name, gradient="exact") == exact
 
 
 def test_the_papers_figures_stand_below_a_network_of_its_tables(tmp_path):

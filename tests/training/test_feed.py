@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from nadaptor.checkpoints.checkpoint import load_card
+from nadaptor.configs.config import replace
 from nadaptor.data.augmentation import prepare_batch
 from nadaptor.data.loader import step_indices
 from nadaptor.data.source import PHOTOGRAPHS, Spec
@@ -28,7 +29,7 @@ RESIDENT = dataclasses.replace(DEFAULT, resident=True)
 def small(tiny):
     """A run of two epochs of four steps, from random weights."""
     sizes = {"train_size": 64, "batch_size": 16, "epochs": 2, "learning_rate": 0.01}
-    return dataclasses.replace(tiny, name="small", parent=None, **sizes)
+    return replace(tiny, name="small", parent=None, **sizes)
 
 
 def trained(config, options):
@@ -50,7 +51,7 @@ def streamed(small):
 @pytest.mark.parametrize(("count", "parallel"), [(1, "pmap"), (4, "pmap"), (4, "shard_map")])
 def test_both_ways_train_the_same_network(small, streamed, count, parallel):
     options = dataclasses.replace(RESIDENT, num_devices=count, snapshot_steps=3)
-    state, losses = trained(dataclasses.replace(small, parallel=parallel), options)
+    state, losses = trained(replace(small, parallel=parallel), options)
     assert losses == pytest.approx(streamed[1], rel=1e-3)
     assert state.step == 8
     # A value at a rounding edge may fall on the other side of it, so that single entries differ.
@@ -92,7 +93,7 @@ def test_a_run_that_resumes_inside_an_epoch_ends_as_the_one_that_does_not(small,
 
 
 def test_images_that_the_host_must_crop_are_refused(small):
-    cropped = dataclasses.replace(small, augmentation="random_resized_crop")
+    cropped = replace(small, augmentation="random_resized_crop")
     with pytest.raises(ValueError, match=r"random_resized_crop is done on the host; leave --res"):
         open_run(cropped, RESIDENT)
     assert not open_run(cropped, DEFAULT).resident

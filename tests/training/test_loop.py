@@ -1,12 +1,12 @@
-import dataclasses
 import json
 import shutil
 
 import pytest
 
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
-from nadaptor.configs.build import build_model, open_split
-from nadaptor.data.registry import load_split
+from nadaptor.configs.build import build_model
+from nadaptor.configs.config import replace
+from nadaptor.data.registry import load_split, open_split
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.training import RunError, run, train
 
@@ -27,9 +27,9 @@ def test_the_same_config_trains_the_same_network_to_the_bit(runs, tiny, with_par
 
 def test_another_seed_trains_another_network(runs, tiny, with_parent):
     (with_parent / "digits_relu").rename(with_parent / "parent")
-    config = dataclasses.replace(tiny, activation="relu", parent=None, name="x")
+    config = replace(tiny, activation="relu", parent=None, name="x")
     cards = [
-        load_card(train(dataclasses.replace(config, seed=s, name=f"x{s}"), with_parent), "ann")
+        load_card(train(replace(config, seed=s, name=f"x{s}"), with_parent), "ann")
         for s in (0, 1)
     ]
     weights = [card["digests"]["params/conv1/kernel"] for card in cards]
@@ -46,7 +46,7 @@ def test_a_network_starts_from_its_parent_and_names_it(runs):
 
 def test_the_metrics_are_those_of_the_network_that_was_saved(runs, tiny):
     variables, card = load_checkpoint(runs / "digits_na" / "checkpoint", "ann")
-    validation = load_split("digits", "validation", tiny.validation_size)
+    validation = load_split("digits", "validation", tiny.data.validation_size)
     accuracy = ann_accuracy(build_model(tiny), variables, validation)
     assert card["metrics"]["validation_accuracy"] == pytest.approx(accuracy, abs=0.01)
     rows = (runs / "digits_na" / "metrics.jsonl").read_text().splitlines()
@@ -63,11 +63,11 @@ def test_a_finished_run_is_not_repeated(runs, tiny, capsys):
 
 def test_a_finished_run_of_another_config_is_refused_by_the_field(runs, tiny):
     with pytest.raises(ValueError, match=r"was trained with epochs=2, not 3; choose another"):
-        train(dataclasses.replace(tiny, epochs=3), runs)
+        train(replace(tiny, epochs=3), runs)
 
 
 def test_a_parent_of_another_model_is_refused(with_parent, tiny):
-    other = dataclasses.replace(tiny, model="digits_resnet20")
+    other = replace(tiny, model="digits_resnet20")
     with pytest.raises(ValueError, match=r"was trained with model='digits_resnet8'"):
         train(other, with_parent)
 
@@ -77,15 +77,15 @@ def test_training_never_reads_the_test_set(with_parent, tiny, monkeypatch):
 
     def opened(config, split, data_dir):
         read.append(split)
-        return open_split(config, split, data_dir)
+        return open_split(config.data, split, data_dir)
 
     monkeypatch.setattr(run, "open_split", opened)
-    train(dataclasses.replace(tiny, epochs=1), with_parent)
+    train(replace(tiny, epochs=1), with_parent)
     assert sorted(set(read)) == ["train", "validation"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(with_parent, tiny):
-    diverging = dataclasses.replace(tiny, learning_rate=1e20, epochs=1)
+    diverging = replace(tiny, learning_rate=1e20, epochs=1)
     with pytest.raises(RunError, match=r"the loss is nan at step \d+; lower the learning rate"):
         train(diverging, with_parent)
     assert not (with_parent / "digits_na" / "checkpoint").exists()
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(with_parent, 
 
 def test_bad_input_shows_before_anything_is_trained(tmp_path, tiny):
     with pytest.raises(ValueError, match="unknown model"):
-        train(dataclasses.replace(tiny, model="resnet"), tmp_path)
+        train(replace(tiny, model="resnet"), tmp_path)
     with pytest.raises(ValueError, match="unknown config 'digits_rely'; did you mean"):
-        train(dataclasses.replace(tiny, parent="digits_rely"), tmp_path)
+        train(replace(tiny, parent="digits_rely"), tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import dataclasses, sys
 from pathlib import Path
+from nadaptor.configs.config import replace
 from nadaptor.training import get_config, train
 from nadaptor.training.options import DEFAULT
 workdir, parallel, rank, port = sys.argv[1:]
@@ -26,7 +27,7 @@ options = dataclasses.replace(
     num_processes=2 if several else None,
     process_id=int(rank) if several else None,
 )
-config = dataclasses.replace(
+config = replace(
     get_config("digits_lsq"), model="digits_resnet8", parent=None, epochs=1, train_size=192,
     validation_size=150, parallel=parallel, learning_rate=0.01, activation="relu",
 )

@@ -1,5 +1,4 @@
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ import pytest
 
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint, save_checkpoint
 from nadaptor.checkpoints.snapshots import Snapshots
+from nadaptor.configs.config import replace
 from nadaptor.training import RunError, train
 from nadaptor.training.options import DEFAULT
 
@@ -142,7 +142,7 @@ def door(runs, tiny, tmp_path_factory):
         folder.mkdir(exist_ok=True)
         if not (folder / "digits_relu").exists():
             shutil.copytree(runs / "digits_relu", folder / "digits_relu")
-        sizes = ["--model", tiny.model, "--epochs", "3", "--workdir", folder]
+        sizes = ["--model", tiny.network.model, "--epochs", "3", "--workdir", folder]
         command = [sys.executable, "train.py", "digits_na", *sizes, "--snapshot-steps", "5", *more]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
@@ -157,7 +157,7 @@ def whole(runs, tiny, tmp_path_factory):
     """The checkpoint of the run that nobody interrupts, and its metrics."""
     folder = tmp_path_factory.mktemp("whole")
     shutil.copytree(runs / "digits_relu", folder / "digits_relu")
-    checkpoint = train(dataclasses.replace(tiny, epochs=3), folder)
+    checkpoint = train(replace(tiny, epochs=3), folder)
     return load_card(checkpoint, "ann")["digests"], metrics(folder)
 
 
@@ -197,4 +197,4 @@ def test_a_run_resumed_with_another_config_is_refused(runs, tiny, tmp_path):
     shutil.copytree(runs / "digits_relu", tmp_path / "digits_relu")
     shutil.copytree(runs / "digits_na/snapshots", tmp_path / "digits_na/snapshots")
     with pytest.raises(ValueError, match=r"has weight_decay=0.0005, not 0.1; resume it"):
-        train(dataclasses.replace(tiny, weight_decay=0.1), tmp_path, DEFAULT)
+        train(replace(tiny, weight_decay=0.1), tmp_path, DEFAULT)

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 
 import chex
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from nadaptor.configs.build import build_model, build_optimizer
+from nadaptor.configs.config import replace
 from nadaptor.configs.named import get_config
 from nadaptor.data.registry import batch_at, load_split
 from nadaptor.models import SCALE_FLOOR, is_scale
@@ -25,14 +25,14 @@ def batch():
 
 
 def small(name, **changes):
-    return dataclasses.replace(get_config(name), model="digits_resnet8", **changes)
+    return replace(get_config(name), model="digits_resnet8", **changes)
 
 
 def start(config, batch, axis_name=None):
     model, optimizer = build_model(config, axis_name), build_optimizer(config, 10)
     # The start is measured on the whole batch, outside any map.
     state = init_state(build_model(config), optimizer, batch.images, jax.random.key(0))
-    step = functools.partial(train_step, model, optimizer, axis_name=axis_name)
+    step = functools.partial(train_step, model, optimizer, config=config.step, axis_name=axis_name)
     return step, state
 
 
@@ -128,7 +128,7 @@ def test_the_start_keeps_pretrained_weights_and_adds_scales_alone(batch):
 
 def test_a_start_from_other_weights_is_refused(batch):
     _, pretrained = start(small("digits_relu"), batch)
-    config = dataclasses.replace(small("digits_na"), model="digits_resnet20")
+    config = replace(small("digits_na"), model="digits_resnet20")
     model, optimizer = build_model(config), build_optimizer(config, 10)
     with pytest.raises(ValueError, match="variables lack more than scales"):
         init_state(model, optimizer, batch.images, jax.random.key(0), pretrained.variables)
