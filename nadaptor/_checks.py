@@ -12,6 +12,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 
 def check_levels(levels: int) -> int:
@@ -36,7 +37,7 @@ def check_count(count: int, name: str) -> int:
     return value
 
 
-def check_floating(v: jax.Array, name: str) -> jax.Array:
+def check_floating(v: ArrayLike, name: str) -> jax.Array:
     """Returns `v` as an array; it must be floating point."""
     dtype = jnp.result_type(v)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -62,7 +63,7 @@ def check_key(key: jax.Array) -> jax.Array:
     return key
 
 
-def check_scale(scale: jax.Array, shape: tuple[int, ...], name: str) -> jax.Array:
+def check_scale(scale: ArrayLike, shape: tuple[int, ...], name: str) -> jax.Array:
     """Returns `scale` as a floating point array; it must broadcast to `shape`."""
     scale = jnp.asarray(scale)
     if not jnp.issubdtype(scale.dtype, jnp.floating):
@@ -79,8 +80,11 @@ def check_scale(scale: jax.Array, shape: tuple[int, ...], name: str) -> jax.Arra
     return scale
 
 
-def check_positive(scale: jax.Array, name: str) -> jax.Array:
-    """Returns `scale`; where it is concrete, every value must be finite and positive."""
+def check_positive(scale: ArrayLike, name: str) -> ArrayLike:
+    """Returns `scale`; where it is concrete, every value must be finite and positive.
+
+    To be called before it becomes an array, which under `jax.jit` is a tracer.
+    """
     if not isinstance(scale, jax.core.Tracer):
         values = np.asarray(scale, np.float64)
         wrong = values[~(np.isfinite(values) & (values > 0))]

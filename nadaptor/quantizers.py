@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from nadaptor._checks import check_key, check_levels, check_positive
 from nadaptor._jaxpr.marks import Activation, Mark, apply_activation, decode, encode
@@ -21,9 +22,7 @@ ClipOrder = Literal["last", "first"]
 _SMALLEST = 1e-9
 
 
-def lsq(
-    v: jax.Array, scale: jax.Array, levels: int, *, gradient_scale: float = 1.0
-) -> jax.Array:
+def lsq(v: ArrayLike, scale: ArrayLike, levels: int, *, gradient_scale: float = 1.0) -> jax.Array:
     """Quantizes to `scale * {0, ..., levels}` with a learnable step size (Eq. 3-5).
 
     Forward: `s * round(clip(v/s, 0, p))`. Backward, with x = v/s: dy/dv is 1 where 0 < x < p and 0
@@ -55,8 +54,8 @@ def lsq(
 
 def noise_adaptor(
     key: jax.Array,
-    v: jax.Array,
-    scale: jax.Array,
+    v: ArrayLike,
+    scale: ArrayLike,
     levels: int,
     *,
     amplitude: float = 0.5,
@@ -104,7 +103,7 @@ def noise_adaptor(
     return apply_activation(activation, v, scale, check_key(key), gradient_scale)
 
 
-def clipped_relu(v: jax.Array, threshold: jax.Array) -> jax.Array:
+def clipped_relu(v: ArrayLike, threshold: ArrayLike) -> jax.Array:
     """Clips to [0, threshold]: what a neuron's firing rate tends to over many time steps.
 
     Backward: dy/dv is 1 where 0 < v < threshold and 0 elsewhere; dy/dthreshold is 1 above the
@@ -130,9 +129,7 @@ def clipped_relu(v: jax.Array, threshold: jax.Array) -> jax.Array:
     return apply_activation(_clipped_relu(), v, threshold, name="threshold")
 
 
-def qcfs(
-    v: jax.Array, threshold: jax.Array, levels: int, *, clip: ClipOrder = "last"
-) -> jax.Array:
+def qcfs(v: ArrayLike, threshold: ArrayLike, levels: int, *, clip: ClipOrder = "last") -> jax.Array:
     """Quantizes clip-floor-shift, with the threshold as the learnable parameter.
 
     Forward: `th * clip(floor(L*v/th + 0.5)/L, 0, 1)`, the values of `lsq` at the scale th/L.
@@ -168,8 +165,8 @@ def qcfs(
 
 
 def slip_relu(
-    v: jax.Array,
-    threshold: jax.Array,
+    v: ArrayLike,
+    threshold: ArrayLike,
     levels: int,
     *,
     slope: float = 0.5,
@@ -310,8 +307,8 @@ def _within(x: jax.Array, levels: int) -> jax.Array:
 
 
 def _by_threshold(
-    activation: Activation, v: jax.Array, threshold: jax.Array, levels: int
+    activation: Activation, v: ArrayLike, threshold: ArrayLike, levels: int
 ) -> jax.Array:
     """Applies an activation whose parameter is the threshold `levels * scale`."""
-    threshold = check_positive(jnp.asarray(threshold), "threshold")
+    threshold = jnp.asarray(check_positive(threshold, "threshold"))
     return apply_activation(activation, v, threshold / levels, name="threshold")

@@ -227,7 +227,7 @@ def run_network(
 def start_carry(net: SpikingNetwork, prepared: Prepared, correction: Correction | None) -> Carry:
     """Returns what the first chunk begins with; the steps of the correction are run here."""
     state = net.shard(correction.start(net, prepared)) if correction else net.init(prepared)
-    out = jax.eval_shape(net.step, state, prepared)[1]
+    out = jax.eval_shape(lambda *args: net.step(*args), state, prepared)[1]
 
     def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
         return shard_like(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), x)

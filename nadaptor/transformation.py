@@ -172,9 +172,11 @@ class SpikingNetwork:
                 f"{self._in_tree}; call nadaptor.spiking again with arguments like these"
             )
         for leaf, aval in zip(leaves, self._in_avals, strict=True):
-            if jnp.shape(leaf) != aval.shape or jnp.result_type(leaf) != aval.dtype:
+            shape = leaf.shape if hasattr(leaf, "shape") else jnp.shape(leaf)
+            dtype = jax.dtypes.canonicalize_dtype(jnp.result_type(leaf), allow_extended_dtype=True)
+            if shape != aval.shape or dtype != aval.dtype:
                 raise ValueError(
-                    f"an argument is {jnp.result_type(leaf)}{list(jnp.shape(leaf))}, but the "
+                    f"an argument is {dtype}{list(shape)}, but the "
                     f"network was traced for {aval.dtype}{list(aval.shape)}; call "
                     "nadaptor.spiking again with arguments like these"
                 )
@@ -223,7 +225,9 @@ def spiking(
 
     Source: Noise Adaptor, Eq. 1, 2 and 6.
     """
-    closed, shapes = jax.make_jaxpr(f, return_shape=True)(*args)
+    # JAX keeps a trace by the identity of its function, but f may be a closure over weights that
+    # have been trained since: a function object of its own is traced anew.
+    closed, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
     backend = jax.default_backend()
     traced = trace(
         closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, fast_convolution)

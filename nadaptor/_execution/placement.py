@@ -8,8 +8,17 @@ from jax.sharding import AxisType
 
 def shard_like(x: jax.Array, like: Any) -> jax.Array:
     """Gives `x` the sharding that `like` has, an array's type or shape."""
-    sharding, manual = like.sharding, like.manual_axis_type
+    sharding = like.sharding
     if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
         x = jax.sharding.reshard(x, sharding) if x.shape == like.shape else x
+    return _vary(x, like.manual_axis_type)
+
+
+def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Gives `x` the axes of a `shard_map` along which the array `like` varies."""
+    return _vary(x, jax.typeof(like).manual_axis_type)
+
+
+def _vary(x: jax.Array, manual: Any) -> jax.Array:
     axes = () if manual is None else manual.varying - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from nadaptor._checks import check_floating, check_positive, check_scale
+from nadaptor._execution.placement import vary_like
 
 _MARK = re.compile(r"nadaptor_spike\[levels=(\d+),start=([^\]]+)\]")
 
@@ -46,15 +48,17 @@ def read_mark(name: str) -> Mark | None:
 
 def apply_activation(
     activation: Activation,
-    v: jax.Array,
-    scale: jax.Array,
+    v: ArrayLike,
+    scale: ArrayLike,
     key: Any = None,
     gradient_scale: float = 1.0,
     name: str = "scale",
 ) -> jax.Array:
     """Returns `scale * q(v / scale)` with the activation's own gradients, arguments checked."""
     v = check_floating(v, "v")
-    scale = check_positive(check_scale(scale, v.shape, name), name)
+    scale = check_scale(check_positive(scale, name), v.shape, name)
+    # Inside shard_map a gradient has the varying axes of its argument: those of both.
+    v, scale = vary_like(v, scale), vary_like(scale, v)
     return _scaled(activation, v, _scale_gradient(scale, gradient_scale), key)
 
 

@@ -50,9 +50,11 @@ def enter(function: Any, here: Location) -> Location:
 
 def layer_name(scope: str) -> str:
     """The named scopes without those that Flax adds for a method: "act1/act1.quantize" is act1."""
-    parts = scope.split("/")
-    pairs = zip(["", *parts[:-1]], parts, strict=True)
-    return "/".join(part for outer, part in pairs if not part.startswith(f"{outer}."))
+    kept: list[str] = []
+    for part in scope.split("/"):
+        if not (kept and part.startswith(f"{kept[-1]}.")):
+            kept.append(part)
+    return "/".join(kept)
 
 
 def _user_frame(traceback: Any) -> tuple[str, str]:

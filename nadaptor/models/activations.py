@@ -113,7 +113,8 @@ class Lsq(nn.Module):
         """Returns LSQ's 1/sqrt(N*p), or 1 where it is switched off."""
         if not self.scale_gradient:
             return 1.0
-        features = v.size / v.shape[0] / scale.size
+        # Not v.size: the batch may be a symbol of an export.
+        features = math.prod(v.shape[1:]) / scale.size
         return 1 / math.sqrt(features * self.levels)
 
 

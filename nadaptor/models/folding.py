@@ -35,8 +35,9 @@ def fold_batch_norm(
         Variables with no `batch_stats`; folded leaves are float32, all others are untouched.
 
     Raises:
-        ValueError: a norm has no layer, no statistics, or shares its layer with another norm, the
-            channel counts differ, or `pairs` names no norm; the message names the path.
+        ValueError: `variables` are not of that form, a norm has no layer, no statistics, or shares
+            its layer with another norm, the channel counts differ, or `pairs` names no norm; the
+            message names the path.
 
     Example:
         >>> layer, norm = {"kernel": jnp.ones((1, 1))}, {"scale": jnp.array([3.0])}
@@ -49,6 +50,11 @@ def fold_batch_norm(
     Source: Rueckauer et al., Conversion of continuous-valued deep networks to efficient
     event-driven networks for image classification, 2017.
     """
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError(
+            "fold_batch_norm takes {'params': ..., 'batch_stats': ...} as Linen has them; of an "
+            "NNX module, nnx.to_pure_dict(nnx.state(module, nnx.Param)) and that of nnx.BatchStat"
+        )
     params, stats = _flat(variables["params"]), _flat(variables.get("batch_stats", {}))
     _check_statistics(params, stats)
     norms = sorted({path[:-1] for path in stats})

@@ -63,7 +63,8 @@ def project_scales(params: Any, floor: float = SCALE_FLOOR) -> Any:
     the optimizer loop calls this after each update.
 
     Args:
-        params: any pytree; leaves called `quant_scale` or `threshold` are projected.
+        params: any pytree, such as Linen's dict, an NNX state or an Equinox module; leaves called
+            `quant_scale` or `threshold` are projected.
         floor: the smallest scale, > 0.
 
     Returns:
@@ -94,4 +95,8 @@ def is_scale(path: tuple[Any, ...]) -> bool:
         >>> [is_scale(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
         [True, False]
     """
-    return bool(path) and getattr(path[-1], "key", None) in SCALE_NAMES
+    # An entry is of a dict, of a module's attribute, or of the variable that NNX wraps a leaf in.
+    names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+    while names and names[-1] in ("value", "raw_value"):
+        names.pop()
+    return bool(names) and names[-1] in SCALE_NAMES
