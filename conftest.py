@@ -1,6 +1,8 @@
 import os
 import pathlib
 
+import pytest
+
 # Before jax is first imported: pmap and shard_map are tested on virtual devices.
 FLAG = "--xla_force_host_platform_device_count"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
@@ -11,3 +13,18 @@ CACHE = pathlib.Path(__file__).parent / ".cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_configure():
+    import jax
+
+    jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture(autouse=True)
+def _checked_keys(request):
+    """Has jax refuse a second draw from one key, but where a test says that it wants that."""
+    import jax
+
+    with jax.debug_key_reuse(request.node.get_closest_marker("reuses_keys") is None):
+        yield

@@ -3,6 +3,18 @@ import contextlib
 import jax
 import pytest
 
+# By processor time, longest first: started last, one of these would keep a worker after the others.
+LONGEST = ("test_resume.py", "test_finetuning.py", "test_methods.py", "test_processes.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Orders the files for the workers, and marks as slow whatever needs a trained network."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONGEST)))
+    for item in items:
+        if "runs" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
 
 @contextlib.contextmanager
 def quick_compilation():
@@ -33,10 +45,14 @@ def tiny():
 @pytest.fixture(scope="session")
 def runs(tiny, tmp_path_factory):
     """A folder with a trained full-precision network, a quantized one and its conversion."""
+    from nadaptor.configs.config import replace
+    from nadaptor.configs.named import parent_of
     from nadaptor.training import convert, train
 
     workdir = tmp_path_factory.mktemp("runs")
     with quick_compilation():
+        # 0.98 of the validation images are right after 4 of the parent's 15 epochs.
+        train(replace(parent_of(tiny), epochs=4), workdir)
         train(tiny, workdir)
         convert(workdir / "digits_na" / "checkpoint", workdir / "digits_na" / "snn")
     return workdir

@@ -82,16 +82,26 @@ def test_signed_spikes_leave_no_surplus():
     assert (errors(SIGNED) == 0).mean() > (errors(PLAIN) == 0).mean()
 
 
-def test_srp_never_raises_a_count():
-    """Silenced neurons count 0 and all others what they counted before."""
-    currents = one_layer()
-    plain = counts(currents, PLAIN)
-    u = STEPS / 2 + STEPS * np.asarray(currents.sum(0)) - STEPS * plain
-    silenced = np.where(u > 1e-3 * STEPS, plain, 0)
-    assert (silenced <= plain).all()
-    start = jnp.where(jnp.asarray(u) > 1e-3 * STEPS, STEPS / 2, -jnp.inf)
-    _, out = jax.lax.scan(lambda s, x: PLAIN.step(s, x * STEPS, STEPS), start, currents)
-    np.testing.assert_array_equal(np.round(np.asarray(out.sum(0)) / STEPS), silenced)
+def test_srp_silences_the_neurons_that_end_empty_and_leaves_the_others_as_they_were():
+    """The inputs end at their start, and so all fire again; every sum here is exact."""
+    rng = np.random.default_rng(0)
+    rates = rng.integers(0, STEPS + 1, (8, 32))
+    weights = (rng.integers(-9, 9, (32, 500)) / 16).astype(np.float32)
+
+    def f(weights, v):
+        return nadaptor.lsq(nadaptor.lsq(v, 1 / STEPS, STEPS) @ weights, 1 / STEPS, STEPS)
+
+    plain, corrected = (
+        nadaptor.simulate(
+            f, weights, (rates / STEPS).astype("f4"), num_steps=STEPS, correction=correction
+        ).spike_counts
+        for correction in (None, nadaptor.Srp(STEPS))
+    )
+    np.testing.assert_array_equal(plain[0], rates)
+    np.testing.assert_array_equal(corrected[0], rates)
+    left = 0.5 + rates @ weights - plain[1]  # of the potential, in thresholds
+    np.testing.assert_array_equal(corrected[1], np.where(left > 0, plain[1], 0))
+    assert (corrected[1] < plain[1]).any() and (corrected[1] > 0).any()
 
 
 def test_the_order_of_the_corrections():

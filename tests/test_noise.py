@@ -102,6 +102,7 @@ def test_draws_are_symmetric_and_inside_the_amplitude(amplitude):
         assert (eps == 0).all()
 
 
+@pytest.mark.reuses_keys
 def test_the_draw_is_the_same_in_any_shape_and_under_vmap_and_jit():
     keys = jax.random.split(jax.random.key(0), 3)
     plain = jnp.stack([uniform_noise(key, (2, 3, 4), 0.5) for key in keys])

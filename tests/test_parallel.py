@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 @functools.cache
-def trained(num_devices, parallel="pmap", recipe=PLAIN):
+def trained(num_devices, parallel="pmap", recipe=PLAIN, steps=STEPS):
     """The state and losses after a few steps on so many devices."""
     devices = choose_devices(num_devices)
     optimizer = build_optimizer(get_config("digits_na"), STEPS)
@@ -55,7 +55,7 @@ def trained(num_devices, parallel="pmap", recipe=PLAIN):
     )
     placed = place_step(step, devices, parallel)
     state, key, losses = placed.replicate(state), placed.replicate(jax.random.key(1)), []
-    for images, labels in zip(IMAGES, LABELS, strict=True):
+    for images, labels in zip(IMAGES[:steps], LABELS[:steps], strict=True):
         state, metrics = placed.step(state, placed.put(images), placed.put(labels), key)
         losses.append(float(metrics.loss))
     return jax.device_get(state), losses
@@ -88,20 +88,38 @@ def test_micro_batches_do_not_depend_on_the_devices():
     chex.assert_trees_all_close(one, many, rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_of_the_parameters_follows_them():
-    recipe = dataclasses.replace(PLAIN, ema_decay=0.5)
-    state, _ = trained(1, recipe=recipe)
-    plain, _ = trained(1)
-    chex.assert_trees_all_equal(state.params, plain.params)
-    gap = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.average, state.params)
-    assert max(jax.tree.leaves(gap)) > 0
-    assert state.variables["params"] is state.average
+@pytest.mark.parametrize("decay", [0.25, 0.9])
+def test_the_average_keeps_its_share_in_each_step_and_leaves_the_parameters_alone(decay):
+    recipe = dataclasses.replace(PLAIN, ema_decay=decay)
+    states = [trained(1, recipe=recipe, steps=count)[0] for count in range(STEPS + 1)]
+    average = states[0].params
+    for state in states:
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, state.params)
+        chex.assert_trees_all_close(state.average, average, rtol=1e-5, atol=1e-6)
+        assert state.variables["params"] is state.average
+    chex.assert_trees_all_equal(states[-1].params, trained(1)[0].params)
 
 
-def test_smoothed_targets_change_the_loss():
-    recipe = dataclasses.replace(PLAIN, label_smoothing=0.3)
-    _, losses = trained(1, recipe=recipe)
-    assert losses[0] != trained(1)[1][0]
+def first_loss(smoothing, labels=LABELS[0]):
+    optimizer = build_optimizer(get_config("digits_na"), STEPS)
+    state = init_state(Net(None), optimizer, IMAGES[0], jax.random.key(0))
+    step = functools.partial(
+        train_step,
+        Net(None),
+        optimizer,
+        config=dataclasses.replace(PLAIN, label_smoothing=smoothing),
+    )
+    _, metrics = jax.jit(step)(state, IMAGES[0], labels, jax.random.key(1))
+    return float(metrics.loss)
+
+
+def test_smoothing_mixes_the_loss_with_that_of_targets_without_a_label():
+    """loss(a) = (1 - a) * loss(0) + a * loss(1), and loss(1) asks for no label."""
+    plain, uniform = first_loss(0.0), first_loss(1.0)
+    assert first_loss(0.25) == pytest.approx(0.75 * plain + 0.25 * uniform, rel=1e-5)
+    assert abs(plain - uniform) > 1e-2
+    assert first_loss(1.0, (LABELS[0] + 1) % 3) == pytest.approx(uniform, rel=1e-6)
+    assert first_loss(0.0, (LABELS[0] + 1) % 3) != pytest.approx(plain, rel=1e-2)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(tiny):

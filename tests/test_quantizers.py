@@ -53,6 +53,7 @@ class QuantizerTest(chex.TestCase):
         np.testing.assert_allclose(ds, expected, atol=1e-6)
 
     @chex.all_variants
+    @pytest.mark.reuses_keys
     def test_noise_adaptor_is_eq_7_with_the_draw_of_its_key(self):
         key = jax.random.key(7)
         v = jnp.linspace(-1.0, 2.0, 300)
@@ -61,6 +62,7 @@ class QuantizerTest(chex.TestCase):
         np.testing.assert_array_equal(y, SCALE * round_half_up(np.clip(x, 0, LEVELS)))
 
 
+@pytest.mark.reuses_keys
 @pytest.mark.parametrize("mode", ["paper", "exact"])
 def test_noise_adaptor_gradients_are_eq_9_and_10(mode):
     key, v = jax.random.key(3), np.linspace(-0.5, 1.25, 500, dtype=np.float32)
@@ -79,6 +81,7 @@ def test_noise_adaptor_gradients_are_eq_9_and_10(mode):
     np.testing.assert_allclose(ds, expected, atol=1e-6)
 
 
+@pytest.mark.reuses_keys
 def test_noise_adaptor_gradients_at_both_kinks():
     key = jax.random.key(0)
     eps = noise(key, (2,))
@@ -90,6 +93,7 @@ def test_noise_adaptor_gradients_at_both_kinks():
     np.testing.assert_array_equal(ds, [0, LEVELS])
 
 
+@pytest.mark.reuses_keys
 def test_exact_gradient_equals_a_straight_through_twin():
     """The twin rounds with stop_gradient and leaves the rest to autodiff."""
     key, v = jax.random.key(5), jnp.linspace(-0.5, 1.3, 401)
@@ -123,6 +127,7 @@ def test_mean_over_the_noise_is_the_clipped_value(levels):
     np.testing.assert_allclose(mean, np.clip(v, 0, 0.3 * levels), atol=0.004)
 
 
+@pytest.mark.reuses_keys
 def test_amplitude_sets_how_far_the_noise_reaches():
     key, v = jax.random.key(2), jnp.full((20_000,), 0.5)
 
@@ -199,6 +204,7 @@ def sum_of_noisy(key, v, scale):
     return nadaptor.noise_adaptor(key, v, scale, LEVELS).sum()
 
 
+@pytest.mark.reuses_keys
 def test_grad_is_the_same_under_jit_remat_and_scan():
     key, v, scale = jax.random.key(0), jnp.linspace(-1, 2, 50), jnp.float32(SCALE)
     f = functools.partial(sum_of_noisy, key)
@@ -222,6 +228,7 @@ def test_vmap_over_any_axis_with_per_channel_scales(axis):
     np.testing.assert_array_equal(mapped, nadaptor.lsq(v, scales.reshape(shape), 2))
 
 
+@pytest.mark.reuses_keys
 def test_devices_draw_different_noise_from_their_own_keys_under_pmap_and_shard_map():
     count = min(2, jax.device_count())
     keys = jax.random.split(jax.random.key(0), count)

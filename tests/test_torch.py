@@ -8,6 +8,7 @@ import pytest
 import nadaptor
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
 
 # Multiples of 1/64 on a threshold of 4: exact in both libraries, with ties and both edges.
 V = np.arange(-192, 448, dtype=np.float32) / 64
