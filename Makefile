@@ -5,13 +5,23 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3 python,$(shell $(p) -c '$(USABLE)' >/dev/null 2>&1 && echo $(p))))
 BIN := .venv/bin
 
-.PHONY: .venv demo test lint lock clean
+.PHONY: .venv demo test test-quick test-torch lint lock clean
 
 demo: .venv
 	$(BIN)/python -m nadaptor.demo $(ARGS)
 
+# Files in the order of tests/conftest.py, the longest first, and not in that of their test counts.
+PYTEST := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+test-quick: .venv
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+
+# What needs torch, in an environment of its own: torch is large, and torchax is made for Python 3.11.
+test-torch: .venv-torch/.installed
+	.venv-torch/bin/python -m pytest -m torch tests $(ARGS)
 
 lint: .venv
 	$(BIN)/ruff check .
@@ -30,6 +40,20 @@ lint: .venv
 	&& $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable . \
 	&& touch $@; } || { rm -rf .venv; exit 1; }
 
+TORCH_PYTHON ?= python3.11
+TORCH_WHEELS ?= https://download.pytorch.org/whl/cpu/torch/
+
+# With torch's own page of wheels at hand pip takes the one without CUDA, which sorts above the other.
+.venv-torch/.installed: requirements.lock requirements-torch.txt pyproject.toml
+	@echo "installing the pinned packages and torch into .venv-torch, some minutes and 2 GB"
+	@rm -rf .venv-torch; \
+	{ "$(TORCH_PYTHON)" -m venv .venv-torch \
+	&& .venv-torch/bin/python -m pip install --quiet --requirement requirements.lock \
+	&& .venv-torch/bin/python -m pip install --quiet --retries 0 --find-links $(TORCH_WHEELS) \
+	  --requirement requirements-torch.txt \
+	&& .venv-torch/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable . \
+	&& touch $@; } || { rm -rf .venv-torch; exit 1; }
+
 lock:
 	uv pip compile --universal --python-version 3.11 --upgrade --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --extra train --extra test pyproject.toml --quiet \
@@ -37,4 +61,4 @@ lock:
 	  > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-torch build dist *.egg-info .pytest_cache .ruff_cache
