@@ -1,5 +1,6 @@
 """Train networks with noisy quantized activations and run them as spiking networks, in JAX."""
 
+from nadaptor._execution.conv_gradient import conv_general_dilated
 from nadaptor.corrections import OffsetSpikes, Srp
 from nadaptor.neurons import IntegrateAndFire, SignedIntegrateAndFire
 from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
@@ -14,6 +15,7 @@ __all__ = [
     "SpikingNetwork",
     "Srp",
     "clipped_relu",
+    "conv_general_dilated",
     "lsq",
     "noise_adaptor",
     "qcfs",

@@ -3,7 +3,7 @@
 from nadaptor.models.activations import AnyLevel, ClippedRelu, Lsq, NoiseAdaptor, Relu
 from nadaptor.models.folding import fold_batch_norm
 from nadaptor.models.registry import MODELS, create
-from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet, batch_norm
+from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet, batch_norm, convolution
 from nadaptor.models.scales import SCALE_FLOOR, is_scale, project_scales, start_scales
 from nadaptor.models.threshold_activations import Qcfs, SlipRelu, Ttrbr
 
@@ -22,6 +22,7 @@ __all__ = [
     "SlipRelu",
     "Ttrbr",
     "batch_norm",
+    "convolution",
     "create",
     "fold_batch_norm",
     "is_scale",

@@ -16,12 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_floating
+from nadaptor._execution.conv_gradient import conv_general_dilated
 from nadaptor.models.activations import Relu
 
 Slot = Callable[..., Any]
 Stem = Literal["imagenet", "cifar"]
 Shortcut = Literal["conv", "pad"]
 
+# On a CPU its weight gradient is several times as fast as with the convolution of `jax.lax`.
+convolution = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
 # Flax's momentum is the share of the old average: 0.9 here is torch's 0.1.
 batch_norm = functools.partial(nn.BatchNorm, epsilon=1e-5, momentum=0.9)
 # torch's kaiming_normal_(mode="fan_out", nonlinearity="relu")
@@ -146,7 +149,7 @@ class ResNet(nn.Module):
     stem: Stem = "imagenet"
     width: int = 64
     shortcut: Shortcut = "conv"
-    conv: Slot = nn.Conv
+    conv: Slot = convolution
     norm: Slot | None = batch_norm
     activation: Slot = Relu
     dtype: Any = jnp.float32
