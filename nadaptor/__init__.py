@@ -3,6 +3,7 @@
 from nadaptor._execution.conv_gradient import conv_general_dilated
 from nadaptor.corrections import OffsetSpikes, Srp
 from nadaptor.neurons import IntegrateAndFire, SignedIntegrateAndFire
+from nadaptor.quantization import quantize
 from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
 from nadaptor.simulation import Simulation, simulate
 from nadaptor.transformation import SpikingNetwork, spiking
@@ -19,6 +20,7 @@ __all__ = [
     "lsq",
     "noise_adaptor",
     "qcfs",
+    "quantize",
     "simulate",
     "slip_relu",
     "spiking",

@@ -5,7 +5,7 @@ Values are checked only where they are concrete: a traced array has a shape and 
 
 import difflib
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -117,3 +117,36 @@ def check_name(name: str, known: Mapping[str, Any], what: str) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
     raise ValueError(f"unknown {what} {name!r}; {remedy}")
+
+
+def check_scales(scales: Any, layers: Sequence[Any]) -> dict[str, jax.Array]:
+    """Returns the scale of each layer; they must be of just these layers.
+
+    Args:
+        scales: a mapping by layer name, or one number for all layers.
+        layers: with `name`, `source` and `turns`, the lengths of the scans around the layer.
+    """
+    if not isinstance(scales, Mapping):
+        scale = check_positive(jnp.asarray(scales, jnp.float32), "the scale of all layers")
+        return {layer.name: jnp.broadcast_to(scale, layer.turns) for layer in layers}
+    missing = [layer for layer in layers if layer.name not in scales]
+    extra = sorted(set(scales) - {layer.name for layer in layers})
+    if missing or extra:
+        lacking = ", ".join(f"{layer.name!r} ({layer.source})" for layer in missing[:4])
+        raise ValueError(
+            f"the scales are of another network: there is no scale for {lacking or 'no layer'}, "
+            f"and no layer for {', '.join(map(repr, extra[:4])) or 'no scale'}; measure them by "
+            "init on this function, and keep by select a layer that only one mode of f has"
+        )
+    return {layer.name: _check_layer_scale(layer, scales[layer.name]) for layer in layers}
+
+
+def _check_layer_scale(layer: Any, scale: Any) -> jax.Array:
+    scale = check_positive(jnp.asarray(scale), f"the scale of {layer.name} ({layer.source})")
+    if scale.shape[: len(layer.turns)] != layer.turns:
+        raise ValueError(
+            f"the scale of {layer.name} ({layer.source}) has the shape {scale.shape}, but the "
+            f"layer stands in a scan of length {layer.turns} and has a scale for each turn; "
+            "measure the scales by init with a scan of this length"
+        )
+    return scale

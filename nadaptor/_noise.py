@@ -5,10 +5,14 @@ stride`, the words being start and stride (made odd). A dozen integer operations
 array of bits: with the 20 rounds of threefry for each element a training step took twice as long.
 """
 
+import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def uniform_noise(key: jax.Array, shape: tuple[int, ...], amplitude: float) -> jax.Array:
@@ -41,3 +45,34 @@ def uniform_noise(key: jax.Array, shape: tuple[int, ...], amplitude: float) -> j
     # them. Signed, because CPUs convert unsigned integers in several instructions.
     odd = (jax.lax.bitcast_convert_type(bits, jnp.int32) >> 7) | 1
     return odd.astype(jnp.float32) * jnp.float32(amplitude * 2.0**-24)
+
+
+def layer_keys(key: jax.Array | None, layers: Sequence[Any]) -> dict[str, jax.Array | None]:
+    """A key for each layer, `fold_in(key, layer number)`, split among the turns of its scans.
+
+    Args:
+        key: one typed key, one for each example, or None.
+        layers: with `name` and `turns`, the lengths of the scans around the layer.
+
+    Raises:
+        ValueError: the key is no typed PRNG key, or has more than one axis.
+    """
+    if key is None:
+        return {layer.name: None for layer in layers}
+    if not jnp.issubdtype(getattr(key, "dtype", np.dtype(int)), jax.dtypes.prng_key):
+        raise ValueError(
+            "key must be a typed PRNG key from jax.random.key(seed), or an array of them, not "
+            f"{key!r}; a legacy uint32 key converts with jax.random.wrap_key_data(key)"
+        )
+    if key.ndim > 1:
+        raise ValueError(f"key must be one key or one for each example, not {key.shape} keys")
+
+    def of_layer(key: jax.Array, number: int, turns: tuple[int, ...]) -> jax.Array:
+        own = jax.random.fold_in(key, number)
+        return jax.random.split(own, turns) if turns else own
+
+    keys = {}
+    for number, layer in enumerate(layers):
+        make = functools.partial(of_layer, number=number, turns=layer.turns)
+        keys[layer.name] = jax.vmap(make, 0, len(layer.turns))(key) if key.ndim else make(key)
+    return keys

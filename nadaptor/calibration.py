@@ -21,14 +21,22 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
-from nadaptor.quantizers import mmse_scale
+from nadaptor.rules import SMALLEST, Rule, maximum, mmse, other_axes, percentile
 from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 
-Rule = Callable[[jax.Array, tuple[int, ...]], jax.Array]
-"""Maps activations >= 0 and the axes to reduce (kept, with length 1) to a threshold."""
+__all__ = [
+    "Calibration",
+    "Rule",
+    "calibrate_biases",
+    "calibrate_potentials",
+    "calibrate_thresholds",
+    "maximum",
+    "mmse",
+    "percentile",
+    "shift_biases",
+]
 
 Pair = tuple[jax.Array, jax.Array]
-_SMALLEST = 1e-6
 
 
 class Calibration(NamedTuple):
@@ -67,67 +75,6 @@ class Calibration(NamedTuple):
         return dataclasses.replace(net, layers=layers)
 
 
-def maximum() -> Rule:
-    """The largest activation: nothing is clipped, and most neurons fire seldom.
-
-    Example:
-        >>> maximum()(jnp.array([0.0, 1.0, 4.0]), (0,)).item()
-        4.0
-
-    Source: Diehl et al., Fast-classifying, high-accuracy spiking deep networks, 2015.
-    """
-    return lambda a, axes: a.max(axes, keepdims=True)
-
-
-def percentile(percent: float = 99.9) -> Rule:
-    """The percentile of the activations that are not zero.
-
-    Args:
-        percent: 99.9 is usual; 99 is faster over time and clips more.
-
-    Raises:
-        ValueError: `percent` is not above 0 and at most 100.
-
-    Example:
-        >>> percentile(50)(jnp.array([0.0, 0.0, 1.0, 2.0, 9.0]), (0,)).item()
-        2.0
-
-    Source: Rueckauer et al., 2017.
-    """
-    if not 0 < percent <= 100:
-        raise ValueError(f"percent must be above 0 and at most 100, not {percent!r}")
-
-    def rule(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        return jnp.nanpercentile(jnp.where(a > 0, a, jnp.nan), percent, axes, keepdims=True)
-
-    return rule
-
-
-def mmse(num_steps: int) -> Rule:
-    """The threshold at which T steps represent the activations best (MMSE).
-
-    Of the 95 candidates `max * (1 - 0.01 i)`, i = 0 to 94, the one with the smallest mean of
-    `(a - th*clip(floor(T*a/th + 1/2)/T, 0, 1))^2`: what T steps of a neuron that starts at th/2
-    make of a constant input.
-
-    Args:
-        num_steps: T, the number of steps that the network is going to run.
-
-    Raises:
-        ValueError: `num_steps` is not a positive int.
-
-    Example:
-        >>> a = jnp.array([1.0, 1.0, 1.0, 1.02])
-        >>> round(mmse(1)(a, (0,)).item(), 2)
-        1.01
-
-    Source: Li et al., A free lunch from ANN: towards efficient, accurate spiking neural networks
-    calibration, 2021.
-    """
-    steps = check_count(num_steps, "num_steps")
-    return lambda a, axes: steps * mmse_scale(a, steps, axes)
-
-
 def calibrate_thresholds(
     f: Callable[..., Any],
     *args: Any,
@@ -163,10 +110,10 @@ def calibrate_thresholds(
     net = spiking(f, *args)
     rule = percentile() if rule is None else rule
     found = [
-        rule(a, _other_axes(a, channel_axis)) for a in _relu_activations(net, net.prepare(*args))
+        rule(a, other_axes(a, channel_axis)) for a in _relu_activations(net, net.prepare(*args))
     ]
     # A layer, or channel, that is silent on the whole batch keeps the threshold it has.
-    usable = [jnp.where(th > _SMALLEST, th, 1.0).astype(jnp.float32) for th in found]
+    usable = [jnp.where(th > SMALLEST, th, 1.0).astype(jnp.float32) for th in found]
     return Calibration(
         tuple(usable), tuple(th / 2 for th in usable), tuple(jnp.zeros_like(th) for th in usable)
     )
@@ -211,7 +158,7 @@ def calibrate_biases(
     """
 
     def adjust(missing: jax.Array, start: jax.Array, bias: jax.Array) -> Pair:
-        return start, bias + missing.mean(_other_axes(missing, channel_axis), keepdims=True)
+        return start, bias + missing.mean(other_axes(missing, channel_axis), keepdims=True)
 
     return _layer_by_layer(f, args, calibration, num_steps, adjust)
 
@@ -322,7 +269,3 @@ def _layer_by_layer(
 
     kept, _ = net.propagate(prepared, fire, steps=steps)
     return Calibration(*zip(*kept, strict=True))
-
-
-def _other_axes(x: jax.Array, axis: int | None) -> tuple[int, ...]:
-    return tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-_LIBRARIES = ("jax", "flax", "equinox", "haiku", "keras", "torchax", "nadaptor")
+_LIBRARIES = ("jax", "flax", "equinox", "haiku", "keras", "optax", "torchax", "nadaptor")
 _INTERACTIVE = ("<stdin>", "<ipython-input", "<python-input")
 # Frames between a library function and the tracer, which are no name for what the user called.
 _PLUMBING = {"current", "custom_jvp", "custom_vjp", "ufunc", "bind", "wrapper"}
@@ -43,7 +43,7 @@ def locate(eqn: Any, outer: Location) -> Location:
 def enter(function: Any, here: Location) -> Location:
     """The location inside a call of a closed jaxpr: its name, if a library's; else each line."""
     name, _, path = (function.jaxpr.debug_info.func_src_info or "").partition(" at ")
-    if path and not _in_library(path.rpartition(":")[0]):
+    if path and not in_library(path.rpartition(":")[0]):
         return here._replace(call="")
     return here if here.call or not path else here._replace(call=name.rpartition(".")[2])
 
@@ -61,7 +61,7 @@ def _user_frame(traceback: Any) -> tuple[str, str]:
     """The innermost line outside the libraries, "file.py:12", and the library function it calls."""
     calls: list[str] = []
     for frame in traceback.frames if traceback is not None else ():
-        if not _in_library(frame.file_name):
+        if not in_library(frame.file_name):
             return f"{frame.file_name}:{frame.line_num}", calls[-1] if calls else ""
         name = frame.function_name.removesuffix(".__call__")
         if name.isidentifier() and not name.startswith("_") and name not in _PLUMBING:
@@ -76,7 +76,8 @@ def _library_folders() -> tuple[str, ...]:
 
 
 @functools.cache
-def _in_library(path: str) -> bool:
+def in_library(path: str) -> bool:
+    """Says whether a file is of a library and not of its user."""
     # The models are a user of the library, as the line to name is the one in the model; the
     # activation layers are not.
     activation = path.startswith(_MODELS) and path.endswith("activations.py")

@@ -19,7 +19,7 @@ Atom = int | Literal
 Rewrite = Callable[[Any, Sequence[bool]], ClosedJaxpr | None]
 
 # Calls that only group operations, and the parameter that holds their body.
-_BODIES = {
+BODIES = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
@@ -183,9 +183,9 @@ def _body(eqn: Any, spikes: list[bool], rewrite: Rewrite | None) -> ClosedJaxpr 
     if name == "scan" and eqn.params["length"]:
         unroll = any(spikes) or contains(eqn.params["jaxpr"].jaxpr, is_mark)
         return _unrolled(eqn) if unroll else None
-    if name not in _BODIES:
+    if name not in BODIES:
         return rewrite(eqn, spikes) if rewrite else None
-    body = eqn.params[_BODIES[name]]
+    body = eqn.params[BODIES[name]]
     return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
 
 
@@ -194,8 +194,8 @@ def _unrolled(eqn: Any) -> ClosedJaxpr:
     closed, length, backwards = (eqn.params[name] for name in ("jaxpr", "length", "reverse"))
     body = jaxpr_as_fun(closed)
     # Operands are constants, carry, xs; results carry, ys; xs and ys alone have the length's axis.
-    num_carry = _count_same_rank(eqn.outvars, closed.out_avals)
-    num_fixed = _count_same_rank(eqn.invars, closed.in_avals)
+    num_carry = count_same_rank(eqn.outvars, closed.out_avals)
+    num_fixed = count_same_rank(eqn.invars, closed.in_avals)
     order = range(length)[::-1] if backwards else range(length)
 
     def unrolled(*operands):
@@ -210,7 +210,8 @@ def _unrolled(eqn: Any) -> ClosedJaxpr:
     return jax.make_jaxpr(unrolled)(*(var.aval for var in eqn.invars))
 
 
-def _count_same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+def count_same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many operands of a scan its body takes with all their axes."""
     return sum(var.aval.ndim == aval.ndim for var, aval in zip(outer, inner, strict=True))
 
 

@@ -1,0 +1,123 @@
+"""Rules that measure a threshold: each maps activations >= 0 and the axes to reduce to one.
+
+They serve the starts of scales (`nadaptor.quantize`) and the calibration without training alike.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from nadaptor._checks import check_count, check_name
+from nadaptor.quantizers import mmse_scale
+
+Rule = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+"""Maps activations >= 0 and the axes to reduce (kept, with length 1) to a threshold."""
+
+# The smallest scale that training may reach.
+SCALE_FLOOR = 1e-4
+# What is measured below this is taken for silence.
+SMALLEST = 1e-6
+
+
+def maximum() -> Rule:
+    """The largest activation: nothing is clipped, and most neurons fire seldom.
+
+    Example:
+        >>> maximum()(jnp.array([0.0, 1.0, 4.0]), (0,)).item()
+        4.0
+
+    Source: Diehl et al., Fast-classifying, high-accuracy spiking deep networks, 2015.
+    """
+    return lambda a, axes: a.max(axes, keepdims=True)
+
+
+def percentile(percent: float = 99.9) -> Rule:
+    """The percentile of the activations that are not zero.
+
+    Args:
+        percent: 99.9 is usual; 99 is faster over time and clips more.
+
+    Raises:
+        ValueError: `percent` is not above 0 and at most 100.
+
+    Example:
+        >>> percentile(50)(jnp.array([0.0, 0.0, 1.0, 2.0, 9.0]), (0,)).item()
+        2.0
+
+    Source: Rueckauer et al., 2017.
+    """
+    if not 0 < percent <= 100:
+        raise ValueError(f"percent must be above 0 and at most 100, not {percent!r}")
+
+    def rule(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        return jnp.nanpercentile(jnp.where(a > 0, a, jnp.nan), percent, axes, keepdims=True)
+
+    return rule
+
+
+def mmse(num_steps: int) -> Rule:
+    """The threshold at which T steps, or T levels, represent the activations best (MMSE).
+
+    Of the 95 candidates `max * (1 - 0.01 i)`, i = 0 to 94, the one with the smallest mean of
+    `(a - th*clip(floor(T*a/th + 1/2)/T, 0, 1))^2`: what T steps of a neuron that starts at th/2
+    make of a constant input, and what `nadaptor.lsq` with T levels makes of it.
+
+    Args:
+        num_steps: T, the number of steps that the network is going to run, or of levels.
+
+    Raises:
+        ValueError: `num_steps` is not a positive int.
+
+    Example:
+        >>> a = jnp.array([1.0, 1.0, 1.0, 1.02])
+        >>> round(mmse(1)(a, (0,)).item(), 2)
+        1.01
+
+    Source: Li et al., A free lunch from ANN: towards efficient, accurate spiking neural networks
+    calibration, 2021.
+    """
+    levels = check_count(num_steps, "num_steps")
+    return lambda a, axes: levels * mmse_scale(a, levels, axes)
+
+
+def mean_scale(a: jax.Array, axes: tuple[int, ...], levels: int) -> jax.Array:
+    """LSQ's start of a scale, `2 * mean / sqrt(levels)`.
+
+    Source: Esser et al., Learned step size quantization, 2019.
+    """
+    return 2 * a.mean(axes, keepdims=True) / math.sqrt(levels)
+
+
+def scale_rule(rule: str | Rule, levels: int, percent: float, by_threshold: bool) -> Rule:
+    """The rule of a name, or of a threshold, as one of a scale.
+
+    Args:
+        rule: "mmse", "lsq", "max", "percentile" or a rule of a threshold.
+        levels: the threshold in units of the scale.
+        percent: for "percentile".
+        by_threshold: whether the scale is the threshold itself.
+
+    Raises:
+        ValueError: the name is unknown, or the percentage is out of its range.
+    """
+    # The scale of mmse and lsq first: times and by the levels would round.
+    unit = 1 if by_threshold else levels
+    scales: dict[str, Rule] = {
+        "mmse": lambda a, axes: mmse_scale(a, levels, axes) * (levels // unit),
+        "lsq": lambda a, axes: mean_scale(a, axes, levels) * (levels // unit),
+    }
+    thresholds = {"max": maximum(), "percentile": percentile(percent)}
+    if isinstance(rule, str):
+        name = check_name(rule, {**scales, **thresholds}, "rule")
+        if name in scales:
+            return scales[name]
+        rule = thresholds[name]
+    threshold = rule
+    return lambda a, axes: threshold(a, axes) / unit
+
+
+def other_axes(x: jax.Array, axis: int | None) -> tuple[int, ...]:
+    """All axes of x but one; all where it is None."""
+    return tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
