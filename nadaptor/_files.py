@@ -1,8 +1,13 @@
-"""Small files, written whole or not at all: to a scratch file first, then renamed."""
+"""Small files, written whole or not at all: to a scratch file, to the disk, and then renamed.
+
+What is renamed before it is on the disk may be an empty file after a power cut. So the file is
+synchronised before the rename that makes it count, and its folder after it.
+"""
 
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +17,38 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file, whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_bytes(content)
+    with open(scratch, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     scratch.rename(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Puts the names in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Checks that a file can be written in a folder, which is made where it is missing.
+
+    Raises:
+        ValueError: none can; the message has the cause.
+    """
+    probe = folder / f".write-{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write in {folder}: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -28,5 +63,3 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())
-
-

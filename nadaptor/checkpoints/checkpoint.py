@@ -1,13 +1,17 @@
 """Checkpoints: arrays in Orbax's format beside a JSON card that says what they are.
 
 A checkpoint is a folder with `arrays/` and `card.json`. The card holds a SHA-256 digest of every
-array and of itself, because a flipped byte restores silently otherwise. The folder appears whole,
-by one rename, or not at all.
+array and of itself, because a flipped byte restores silently otherwise; and every array's shape and
+dtype, against which the stored ones are compared before any memory is taken for them. The folder
+appears whole, by one rename, once it is on the disk, or not at all.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +20,33 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from nadaptor._files import write_json
+from nadaptor._files import sync_folder, write_json
 from nadaptor._version import __version__
+from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
+from nadaptor.errors import RunError
 
 Kind = Literal["ann", "snn"]
 _MADE_BY: Mapping[str, str] = {"ann": "train.py", "snn": "convert.py"}
 # After so many bytes another file is begun, and no array is in larger pieces: so no file is above
 # twice as many, 16 MiB, and a checkpoint can be carried in parts.
 FILE_BYTES = 8 * 2**20
+# A card of format 1 has no shapes: such arrays may take so many times what their files do.
+_UNPACKED, _SMALL = 64, 2**28
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What every checkpoint's card has, whatever else it says."""
+
+    kind: str
+    config: dict[str, Any]
+    digests: dict[str, str]
+    versions: dict[str, str]
+    card_digest: str
+    shapes: dict[str, list[Any]] | None = None  # of each array its dtype, then its shape
+    data: dict[str, Any] | None = None
+    metrics: dict[str, float | None] | None = None
 
 
 def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]) -> None:
@@ -38,22 +60,32 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
 
     Raises:
         ValueError: `path` exists.
+        RunError: an array holds a value that is not finite.
     """
     import orbax.checkpoint as ocp
 
     if path.exists():
         raise ValueError(f"{path} exists already; choose another folder or remove it")
     arrays = jax.tree.map(np.asarray, jax.device_get(arrays))
-    full = {**card, "kind": kind, "versions": versions(), "digests": digests(arrays)}
+    if broken := first_not_finite(arrays):
+        raise RunError(f"{broken} is not finite; nothing is written")
+    described = {"digests": digests(arrays), "shapes": shapes(arrays)}
+    full = seal({**card, "kind": kind, "versions": versions(), **described})
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Those of a run that was killed while it saved.
+    for left in path.parent.glob(f".{path.name}-????????"):
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
         made = Path(scratch).resolve() / path.name
         made.mkdir()
         with _lone_checkpointer() as checkpointer:
             saved = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=FILE_BYTES)
             checkpointer.save(made / "arrays", args=saved)
-        write_json(made / "card.json", {**full, "card_digest": _card_digest(full)})
+        write_json(made / "card.json", full)
+        for folder in (p for p in made.rglob("*") if p.is_dir()):
+            sync_folder(folder)
         made.rename(path)
+    sync_folder(path.parent)
 
 
 def _lone_checkpointer() -> Any:
@@ -80,10 +112,10 @@ def load_checkpoint(path: Path, kind: Kind) -> tuple[Any, dict[str, Any]]:
 
     Raises:
         ValueError: there is none, it was made by another program or is of the other kind, or its
-            contents are not what was written.
+            contents are not what was written, or not finite.
     """
     card = load_card(path, kind)
-    arrays = _read_arrays(path / "arrays")
+    arrays = _read_arrays(path / "arrays", card.get("shapes"))
     found, wanted = digests(arrays), card["digests"]
     wrong = sorted(leaf for leaf in found.keys() | wanted if found.get(leaf) != wanted.get(leaf))
     if wrong:
@@ -91,6 +123,8 @@ def load_checkpoint(path: Path, kind: Kind) -> tuple[Any, dict[str, Any]]:
             f"{path} is damaged: {wrong[0]} and {len(wrong) - 1} other arrays are not what was "
             f"saved; {_remedy(path, kind)}"
         )
+    if broken := first_not_finite(arrays):
+        raise ValueError(f"{path} holds a network that diverged: {broken} is not finite")
     return arrays, card
 
 
@@ -109,21 +143,23 @@ def load_card(path: Path, kind: Kind) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise ValueError(f"no checkpoint at {path}; {_MADE_BY[kind]} makes one")
-    try:
-        card = json.loads((path / "card.json").read_text())
-        unread = {key: value for key, value in card.items() if key != "card_digest"}
-        own, stated = card["kind"], card["card_digest"]
-    except FileNotFoundError as error:
+    file = path / "card.json"
+    if not file.exists():
         raise ValueError(
             f"{path} is not a checkpoint of nadaptor: it has no card.json; pass the folder that "
             f"{_MADE_BY[kind]} printed"
-        ) from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path / 'card.json'} is damaged; {_remedy(path, kind)}") from error
-    if stated != _card_digest(unread):
-        raise ValueError(f"{path / 'card.json'} is damaged; {_remedy(path, kind)}")
+        )
+    try:
+        card = unseal(json.loads(file.read_bytes()))
+        own = fields_of(Card, card).kind
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        why = f": {error}" if isinstance(error, DamagedError) else ""
+        raise ValueError(f"{file} is damaged{why}; {_remedy(path, kind)}") from error
     if own != kind:
-        raise ValueError(f"{path} holds an {own!r}, made by {_MADE_BY[own]}; this needs {kind!r}")
+        made_by = _MADE_BY.get(own, "another program")
+        raise ValueError(f"{path} holds an {own!r}, made by {made_by}; this needs {kind!r}")
     return card
 
 
@@ -140,6 +176,67 @@ def digests(arrays: Any) -> dict[str, str]:
     }
 
 
+def shapes(arrays: Any) -> dict[str, list[Any]]:
+    """Returns for each leaf its dtype, then its shape.
+
+    Example:
+        >>> shapes({"fc": {"bias": np.zeros(2, np.float32)}})
+        {'fc/bias': ['float32', 2]}
+    """
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), *leaf.shape]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
+    }
+
+
+def first_not_finite(arrays: Any) -> str | None:
+    """Returns the name of the first leaf with a value that is not finite; None where all are.
+
+    Example:
+        >>> first_not_finite({"a": np.zeros(2), "b": np.array([np.nan])})
+        'b'
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        # NumPy knows no bfloat16: such a leaf is widened.
+        leaf = np.asarray(leaf, np.float64) if leaf.dtype.kind == "V" else leaf
+        if not np.isfinite(leaf).all():
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
+
+
+def check_stored(stored: Any, wanted: Mapping[str, list[Any]] | None, files: Path) -> None:
+    """Compares what is stored of arrays with what their card says, before they are read.
+
+    Args:
+        stored: the metadata of each leaf, as Orbax has it.
+        wanted: as `shapes` gives it; None where the card is too old to say.
+        files: folder of the arrays.
+
+    Raises:
+        ValueError: a leaf is missing, of another shape or dtype, or stored in pieces larger than
+            itself; or of an old card, all together are far larger than their files.
+    """
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
+    }
+    found = {name: [str(leaf.dtype), *leaf.shape] for name, leaf in leaves.items()}
+    if wanted is not None and found != {k: list(v) for k, v in wanted.items()}:
+        names = [k for k in sorted(found.keys() | wanted) if found.get(k) != wanted.get(k)]
+        raise ValueError(
+            f"{files} is damaged: {names[0]} is stored as {found.get(names[0])}, and its card has "
+            f"{wanted.get(names[0])}"
+        )
+    for name, leaf in leaves.items():
+        pieces = leaf.storage.chunk_shape or () if leaf.storage else ()
+        if any(piece > max(size, 1) for piece, size in zip(pieces, leaf.shape, strict=False)):
+            raise ValueError(f"{files} is damaged: {name} is stored in pieces of {list(pieces)}")
+    total = sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in leaves.values())
+    size = sum(p.stat().st_size for p in files.rglob("*") if p.is_file())
+    if wanted is None and total > _UNPACKED * size + _SMALL:
+        raise ValueError(f"{files} is damaged: its arrays would take {total} bytes of {size}")
+
+
 def versions() -> dict[str, str]:
     """Returns the versions of nadaptor and of the packages that its results depend on."""
     others = {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -151,18 +248,18 @@ def _digest(leaf: np.ndarray) -> str:
     return hashlib.sha256(head + np.ascontiguousarray(leaf).tobytes()).hexdigest()
 
 
-def _card_digest(card: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
-
-
-def _read_arrays(path: Path) -> Any:
+def _read_arrays(path: Path, wanted: Mapping[str, list[Any]] | None) -> Any:
     import orbax.checkpoint as ocp
 
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(path.resolve()).item_metadata.tree
+            check_stored(stored, wanted, path)
             return jax.tree.map(np.asarray, checkpointer.restore(path.resolve()))
     # A truncated file comes out of the storage layer as any exception, a bare one included.
     except Exception as error:
+        if str(error).startswith(str(path)):
+            raise
         raise ValueError(
             f"{path} cannot be read, it is damaged or of another program; make it again"
         ) from error

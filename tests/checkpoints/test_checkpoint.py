@@ -1,5 +1,9 @@
+import dataclasses
 import gc
+import hashlib
 import json
+import os
+import shutil
 
 import chex
 import jax.numpy as jnp
@@ -8,7 +12,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from nadaptor.checkpoints.card import FORMAT, DamagedError, fields_of, seal, unseal
 from nadaptor.checkpoints.checkpoint import digests, load_card, load_checkpoint, save_checkpoint
+from nadaptor.errors import RunError
 
 ARRAYS = {
     "params": {
@@ -18,6 +24,9 @@ ARRAYS = {
         "count": np.asarray([3], np.int32),
     },
 }
+
+
+CONFIG = {"config": {"name": "digits_na"}}
 
 
 def unreadable(test):
@@ -35,7 +44,7 @@ def collected():
 
 @pytest.fixture
 def saved(tmp_path):
-    save_checkpoint(tmp_path / "saved", "ann", ARRAYS, {"note": "mine"})
+    save_checkpoint(tmp_path / "saved", "ann", ARRAYS, {"note": "mine", **CONFIG})
     return tmp_path / "saved"
 
 
@@ -49,7 +58,7 @@ def test_what_is_loaded_is_what_was_saved_in_value_shape_and_dtype(saved):
 
 
 def test_jax_arrays_are_saved_as_what_they_hold(tmp_path):
-    save_checkpoint(tmp_path / "a", "snn", {"x": jnp.arange(3.0)}, {})
+    save_checkpoint(tmp_path / "a", "snn", {"x": jnp.arange(3.0)}, CONFIG)
     chex.assert_trees_all_equal(load_checkpoint(tmp_path / "a", "snn")[0], {"x": np.arange(3.0)})
 
 
@@ -86,14 +95,14 @@ def test_a_changed_array_is_named(saved):
     with ocp.PyTreeCheckpointer() as checkpointer:
         changed = {"params": {**ARRAYS["params"], "count": np.asarray([4], np.int32)}}
         checkpointer.save(saved / "arrays", changed, force=True)
-    with pytest.raises(ValueError, match="damaged: params/count and 0 other arrays"):
+    with pytest.raises(ValueError, match=r"damaged: params/count (is stored|and 0 other)"):
         load_checkpoint(saved, "ann")
 
 
 def test_a_changed_card_is_refused(saved):
     card = json.loads((saved / "card.json").read_text())
     (saved / "card.json").write_text(json.dumps({**card, "note": "yours"}))
-    with pytest.raises(ValueError, match=r"card.json is damaged; remove"):
+    with pytest.raises(ValueError, match=r"card.json is damaged: its digest is another; remove"):
         load_card(saved, "ann")
 
 
@@ -142,3 +151,165 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path):
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path / "new", "ann", ARRAYS, {"not JSON": object()})
     assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(saved, change):
+    """Changes the card and seals it again, as an author of a hostile folder would."""
+    card = json.loads((saved / "card.json").read_text())
+    change(card)
+    for field in ("card_digest", "format"):
+        card.pop(field, None)
+    (saved / "card.json").write_text(json.dumps(seal(card)))
+
+
+def as_of_format_1(card):
+    """The card as it was written before there was a format: no shapes, and a digest of the rest."""
+    old = {k: v for k, v in card.items() if k not in ("format", "shapes", "card_digest")}
+    text = json.dumps(old, sort_keys=True).encode()
+    return {**old, "card_digest": hashlib.sha256(text).hexdigest()}
+
+
+def test_a_checkpoint_of_format_1_is_read(saved):
+    card = json.loads((saved / "card.json").read_text())
+    (saved / "card.json").write_text(json.dumps(as_of_format_1(card), indent=1) + "\n")
+    arrays, card = load_checkpoint(saved, "ann")
+    chex.assert_trees_all_equal(arrays, ARRAYS)
+    assert "format" not in card
+
+
+def test_a_later_format_is_refused_with_the_remedy(saved):
+    card = json.loads((saved / "card.json").read_text())
+    (saved / "card.json").write_text(json.dumps({**card, "format": FORMAT + 1}))
+    with pytest.raises(ValueError, match=f"format {FORMAT + 1}, and this version reads {FORMAT}"):
+        load_card(saved, "ann")
+
+
+FIELDS = ("kind", "config", "digests", "versions", "shapes")
+RETYPED = (None, 3, "text", ["a"], {"a": [1]}, True)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_dropped_renamed_or_retyped_is_refused_in_one_line(saved, field):
+    original = (saved / "card.json").read_text()
+    changes = [lambda card: card.pop(field), lambda card: card.update(other=card.pop(field))]
+    messages = []
+    changes += [lambda card, value=value: card.update({field: value}) for value in RETYPED]
+    for change in changes:
+        (saved / "card.json").write_text(original)
+        card = json.loads(original)
+        change(card)
+        # What is dropped but not needed leaves a card that is good; the arrays are compared then.
+        (saved / "card.json").write_text(json.dumps(card))
+        with pytest.raises(ValueError, match="is damaged: its digest is another"):
+            load_checkpoint(saved, "ann")
+        rewritten(saved, lambda _: None)
+        try:
+            load_checkpoint(saved, "ann")
+        except ValueError as error:
+            messages.append(str(error))
+    assert messages
+    assert all(str(saved) in text and len(text.splitlines()) == 1 for text in messages)
+
+
+def test_a_field_of_another_type_is_named(saved):
+    rewritten(saved, lambda card: card.update(config=[1]))
+    with pytest.raises(ValueError, match=r"its config is \[1\], which is no dict"):
+        load_card(saved, "ann")
+    rewritten(saved, lambda card: card.pop("config"))
+    with pytest.raises(ValueError, match="it lacks config"):
+        load_card(saved, "ann")
+
+
+def test_a_card_without_its_digest_is_refused():
+    card = seal({"accuracy": 0.5})
+    del card["card_digest"]
+    with pytest.raises(DamagedError, match="it lacks card_digest"):
+        unseal(card)
+
+
+@dataclasses.dataclass
+class Row:
+    step: int
+    losses: list[float]
+    best: float | None = None
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"losses": []}, "it lacks step"),
+        ({"step": True, "losses": []}, "its step is True, which is no int"),
+        ({"step": 1, "losses": [1, "2"]}, r"its losses\[1\] is '2', which is no float"),
+        ({"step": 1, "losses": [], "best": "x"}, "its best is 'x'"),
+    ],
+)
+def test_a_record_names_the_field_that_is_missing_or_wrong(fields, word):
+    assert fields_of(Row, {"step": 1, "losses": [1, 0.5], "more": 1}) == Row(1, [1, 0.5])
+    with pytest.raises(DamagedError, match=word):
+        fields_of(Row, fields)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_network_that_diverged_is_neither_saved_nor_loaded(saved, value, monkeypatch):
+    arrays = {"params": {"w": np.float32([1, value])}}
+    with pytest.raises(RunError, match="params/w is not finite; nothing is written"):
+        save_checkpoint(saved.parent / "new", "ann", arrays, CONFIG)
+    assert not (saved.parent / "new").exists()
+    monkeypatch.setattr("nadaptor.checkpoints.checkpoint.first_not_finite", lambda _: None)
+    save_checkpoint(saved.parent / "new", "ann", arrays, CONFIG)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="holds a network that diverged: params/w is not finite"):
+        load_checkpoint(saved.parent / "new", "ann")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_arrays_of_a_shape_that_the_card_has_not_are_refused_before_any_is_read(
+    saved, monkeypatch, old
+):
+    """A few bytes of metadata may ask for more memory than there is."""
+    if old:
+        card = json.loads((saved / "card.json").read_text())
+        (saved / "card.json").write_text(json.dumps(as_of_format_1(card)))
+    shutil.rmtree(saved / "arrays")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(saved / "arrays", ARRAYS, ocdbt_target_data_file_size=None)
+    monkeypatch.setattr(
+        ocp.PyTreeCheckpointer, "restore", lambda *_: pytest.fail("the arrays were read")
+    )
+    metadata = ocp.PyTreeCheckpointer.metadata
+
+    def huge(self, path):
+        found = metadata(self, path)
+        leaf = found.item_metadata.tree["params"]["count"]
+        leaf.shape = (4_000_000_000,)
+        return found
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "metadata", huge)
+    word = "its arrays would take 1600000" if old else "params/count is stored as"
+    with pytest.raises(ValueError, match=word):
+        load_checkpoint(saved, "ann")
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
+    left = tmp_path / ".a-x1y2z3_4"
+    left.mkdir()
+    (left / "arrays").write_bytes(b"half")
+    (tmp_path / ".ab-x1y2z3_4").mkdir()
+    save_checkpoint(tmp_path / "a", "ann", ARRAYS, CONFIG)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".ab-x1y2z3_4", "a"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """The file, then its folder, then the name of the whole."""
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    save_checkpoint(tmp_path / "a", "ann", ARRAYS, CONFIG)
+    scratch = next(p for p in synced if p.endswith(".card.json.part"))
+    folder = scratch.rsplit("/", 1)[0]
+    assert synced.index(scratch) < synced.index(folder) < synced.index(str(tmp_path))
+    assert synced[-1] == str(tmp_path)
