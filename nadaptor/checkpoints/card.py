@@ -96,6 +96,19 @@ def fields_of(record: type[Record], card: Mapping[str, Any]) -> Record:
     return record(**found)
 
 
+def first_difference(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """Returns the first field, in the order of their names, in which two cards differ.
+
+    Example:
+        >>> first_difference({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4})
+        'b'
+    """
+    for field in sorted(saved.keys() | wanted.keys()):
+        if field not in saved or field not in wanted or saved[field] != wanted[field]:
+            return field
+    return None
+
+
 def brief(value: Any) -> str:
     """Returns a value as a message may have it: printable, and short."""
     text = ascii(value)

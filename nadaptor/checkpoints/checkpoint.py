@@ -89,7 +89,7 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
 
 
 def _lone_checkpointer() -> Any:
-    """A checkpointer for this process alone: Orbax's own waits for all processes of a run."""
+    """A checkpointer for this process alone: Orbax's own waits for all of a run."""
     import orbax.checkpoint as ocp
 
     me = jax.process_index()
@@ -253,7 +253,7 @@ def _read_arrays(path: Path, wanted: Mapping[str, list[Any]] | None) -> Any:
 
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path.resolve()).item_metadata.tree
+            stored = ocp.PyTreeCheckpointHandler().metadata(path.resolve()).tree
             check_stored(stored, wanted, path)
             return jax.tree.map(np.asarray, checkpointer.restore(path.resolve()))
     # A truncated file comes out of the storage layer as any exception, a bare one included.

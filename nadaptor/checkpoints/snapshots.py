@@ -1,12 +1,14 @@
 """Snapshots of a run under way: what it resumes from, exactly.
 
 A snapshot is a step of an Orbax `CheckpointManager`: the state as one item, and a card as another
-with the digest of every leaf, because a flipped byte restores silently otherwise. Orbax writes in
-the background and renames a finished snapshot into its place. The state is replicated: it is saved
-from host memory, process 0 writes it, and all processes meet at Orbax's barriers.
+with the digest of every leaf, because a flipped byte restores silently otherwise. The card is under
+a digest itself, and the best snapshot is chosen by what it says. Orbax writes in the background and
+renames a finished snapshot into its place. The state is replicated: it is saved from host memory,
+process 0 writes it, and all processes meet at Orbax's barriers.
 """
 
-import logging
+import dataclasses
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +17,33 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nadaptor.checkpoints.checkpoint import FILE_BYTES, digests, versions
+from nadaptor._files import check_writable
+from nadaptor.checkpoints.card import DamagedError, brief, fields_of, first_difference, seal, unseal
+from nadaptor.checkpoints.checkpoint import (
+    FILE_BYTES,
+    check_stored,
+    digests,
+    first_not_finite,
+    shapes,
+    versions,
+)
+from nadaptor.configs.config import from_json, to_json
 from nadaptor.errors import RunError
 
 METRIC = "validation_accuracy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a snapshot says of itself."""
+
+    config: dict[str, Any]
+    data: dict[str, Any]
+    digests: dict[str, str]
+    versions: dict[str, str]
+    step: int | None = None  # cards of format 1 have none
+    # What was measured at the end of each epoch, its step and accuracy among it.
+    rows: list[dict[str, float | None]] | None = None
 
 
 class Snapshot(NamedTuple):
@@ -37,27 +62,29 @@ class Snapshots:
         keep: how many of the latest to keep.
         card: what every snapshot says of its run: "config" and "data", which a resumed run must
             agree with, and what else JSON can hold.
+
+    Raises:
+        ValueError: nothing can be written in the folder.
     """
 
     def __init__(self, folder: Path, keep: int, card: Mapping[str, Any]) -> None:
         """Opens the folder; unfinished snapshots of a killed run are cleaned away."""
         self._folder, self._keep = folder.resolve(), keep
+        check_writable(self._folder)
         self._card = {**card, "versions": versions()}
         self._manager = self._open()
 
-    def save(
-        self, step: int, state: Any, card: Mapping[str, Any], accuracy: float | None = None
-    ) -> None:
+    def save(self, step: int, state: Any, card: Mapping[str, Any]) -> None:
         """Starts to save a snapshot, and returns when the state may be changed.
 
         A save that fails, on a full disk for example, is reported in a line and leaves the earlier
         snapshots as they are: the run goes on.
 
         Args:
-            step: updates done.
+            step: updates done, as the state's own `step` has it.
             state: pytree of arrays.
-            card: what the run needs beside the state, as JSON.
-            accuracy: on the validation images, where it was measured at this step.
+            card: what the run needs beside the state, as JSON; "rows", where it has them, decide
+                which snapshot is the best.
 
         Raises:
             RunError: the state holds a value that is not finite.
@@ -68,14 +95,18 @@ class Snapshots:
         check_finite(host, step)
         if not self.wait() or step in self._manager.all_steps():
             return
-        full = {**self._card, **card, "digests": digests(host)}
+        full = seal({**self._card, **card, "step": step, "digests": digests(host)})
         saved = ocp.args.PyTreeSave(_flat(host), ocdbt_target_data_file_size=FILE_BYTES)
         items = ocp.args.Composite(state=saved, card=ocp.args.JsonSave(full))
-        metrics = None if accuracy is None else {METRIC: accuracy}
         try:
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+            self._manager.save(step, args=items, force=True)
         except Exception as error:
             self._report(error)
+
+    def last_on_disk(self) -> int | None:
+        """Waits for the save under way; returns the step of the newest snapshot on the disk."""
+        self.wait()
+        return max(self._on_disk(), default=None)
 
     def wait(self) -> bool:
         """Waits for the save under way; returns whether it is on disk, and reports if it is not."""
@@ -90,7 +121,8 @@ class Snapshots:
     def latest(self, like: Any) -> Snapshot | None:
         """Restores the newest snapshot that is what was saved; a line for each one that is not.
 
-        Damaged snapshots are moved aside, to the folder `damaged`.
+        Damaged snapshots are moved aside, to the folder `damaged`, where an older one is good;
+        otherwise they stay where they are, because the cause may pass.
 
         Args:
             like: a state of the same structure.
@@ -103,17 +135,23 @@ class Snapshots:
                 first field that differs.
             RunError: there are snapshots, and none of them can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged: dict[int, DamagedError] = {}
+        for step in sorted(self._on_disk(), reverse=True):
             try:
-                return self._restore(step, like)
-            except _Damaged as error:
-                print(f"snapshot {step} skipped: {error}")
-                self._move_aside(step)
-        if steps:
+                found = self._restore(step, like)
+            except DamagedError as error:
+                damaged[step] = error
+                continue
+            for skipped, error in damaged.items():
+                print(f"snapshot {skipped} skipped and moved to {self._aside(skipped)}: {error}")
+                self._move_aside(skipped)
+            return found
+        if damaged:
+            newest = max(damaged)
             raise RunError(
-                f"none of the {len(steps)} snapshots in {self._folder} can be read; remove the "
-                "folder to start again"
+                f"none of the {len(damaged)} snapshots in {self._folder} can be read, and they "
+                f"stay there; the newest, {newest}: {damaged[newest]}; remove the folder to start "
+                "again"
             )
         return None
 
@@ -124,11 +162,14 @@ class Snapshots:
             RunError: it is damaged.
         """
         self.wait()
-        step = self._manager.best_step()
+        step = self._best_step(self._on_disk())
         try:
             return None if step is None else self._restore(step, like)
-        except _Damaged as error:
-            raise RunError(f"the best snapshot, of step {step}, is damaged: {error}") from error
+        except DamagedError as error:
+            raise RunError(
+                f"the best snapshot, of step {step}, is damaged: {error}; remove "
+                f"{self._folder / str(step)} to hand on the best of the others"
+            ) from error
 
     def close(self) -> None:
         """Waits for the save under way and ends the threads."""
@@ -139,18 +180,28 @@ class Snapshots:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        logging.getLogger("absl").addFilter(_is_news)
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[METRIC],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        latest = policies.LatestN(self._keep)
+        class Best(policies.PreservationPolicy):
+            """Preserves the best on the validation images."""
+
+            def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+                best = best_step([info.step for info in checkpoints])
+                return [info.step == best for info in checkpoints]
+
+        best_step, latest = self._best_step, policies.LatestN(self._keep)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([latest, best]),
-            best_fn=lambda metrics: metrics[METRIC],
+            preservation_policy=policies.AnyPreservationPolicy([latest, Best()]),
             cleanup_tmp_directories=True,
+            # A folder that cannot be made is then an error at once; made in the background, its
+            # writers wait five minutes for it, and keep the program from ending.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        for left in self._folder.glob("*/metrics"):
+            # Of format 1. The rows of the cards say the same, and Orbax opens no folder in which
+            # one of these is damaged.
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
         return ocp.CheckpointManager(self._folder, options=options)
 
     def _report(self, error: Exception) -> None:
@@ -160,28 +211,60 @@ class Snapshots:
         self._manager.close()
         self._manager = self._open()
 
+    def _on_disk(self) -> list[int]:
+        """The steps whose snapshots have got their names, and so are whole."""
+        return [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
+
+    def _best_step(self, steps: list[int]) -> int | None:
+        """The best of some steps, by the rows of all cards that can be read."""
+        rows: dict[float | None, float] = {}
+        for step in steps:
+            try:
+                measured = self._read_card(step).rows or []
+            except DamagedError:
+                continue  # what it measured stands in the cards after it, too
+            rows |= {row.get("step"): row.get(METRIC) or 0.0 for row in measured}
+        return max((s for s in steps if s in rows), key=lambda s: (rows[s], s), default=None)
+
+    def _read_json(self, step: int) -> dict[str, Any]:
+        try:
+            return unseal(json.loads((self._folder / str(step) / "card/metadata").read_bytes()))
+        except (OSError, RecursionError, ValueError) as error:
+            raise DamagedError(f"its card cannot be read: {_line(error)}") from error
+
+    def _read_card(self, step: int) -> Card:
+        return fields_of(Card, self._read_json(step))
+
     def _restore(self, step: int, like: Any) -> Snapshot:
         import orbax.checkpoint as ocp
 
-        items = ocp.args.Composite(state=ocp.args.PyTreeRestore(), card=ocp.args.JsonRestore())
+        full, card = self._read_json(step), self._read_card(step)
+        _check_same(_today(card.config), self._card.get("config", {}), self._folder)
+        _check_same(card.data, self._card.get("data", {}), self._folder)
         try:
-            restored = self._manager.restore(step, args=items)
-            card, flat = restored["card"], restored["state"]
-            wanted = card["digests"]
+            files = self._folder / str(step) / "state"
+            stored = ocp.PyTreeCheckpointHandler().metadata(files).tree
+            check_stored(stored, shapes(_flat(like)), files)
+            items = ocp.args.Composite(state=ocp.args.PyTreeRestore())
+            flat = self._manager.restore(step, args=items)["state"]
+        # The storage layer raises anything, a bare Exception included.
         except Exception as error:
-            raise _Damaged(" ".join(str(error).split())[:200] or type(error).__name__) from error
-        for part in ("config", "data"):
-            _check_same(card.get(part, {}), self._card.get(part, {}), self._folder)
-        state = _unflat(flat, like)
+            raise DamagedError(_line(error)) from error
+        state, wanted = _unflat(flat, like), card.digests
         found = digests(state)
         wrong = sorted(k for k in found.keys() | wanted if found.get(k) != wanted.get(k))
         if wrong:
-            raise _Damaged(f"{wrong[0]} is not what was saved ({len(wrong)} arrays in all)")
-        return Snapshot(step, state, card)
+            raise DamagedError(f"{wrong[0]} is not what was saved ({len(wrong)} arrays in all)")
+        if step != int(state.step) or card.step not in (None, step):
+            raise DamagedError(f"it is the snapshot of step {int(state.step)}")
+        return Snapshot(step, state, full)
+
+    def _aside(self, step: int) -> Path:
+        return self._folder.parent / "damaged" / str(step)
 
     def _move_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            aside = self._folder.parent / "damaged" / str(step)
+            aside = self._aside(step)
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             (self._folder / str(step)).rename(aside)
@@ -192,25 +275,14 @@ class Snapshots:
         self._manager.reload()
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not the warning at each snapshot between two measurements, which rightly has no accuracy."""
-    return "did not provide metrics" not in record.getMessage()
-
-
-class _Damaged(Exception):
-    """A snapshot that cannot be used."""
-
-
 def check_finite(state: Any, step: int) -> None:
     """Checks that every number of a state is finite.
 
     Raises:
         RunError: one is not; the message names its leaf.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if not np.isfinite(np.asarray(leaf, np.float64) if leaf.dtype.kind == "V" else leaf).all():
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise RunError(f"{name} is not finite after {step} updates; lower the learning rate")
+    if name := first_not_finite(state):
+        raise RunError(f"{name} is not finite after {step} updates; lower the learning rate")
 
 
 def _flat(state: Any) -> dict[str, np.ndarray]:
@@ -221,20 +293,26 @@ def _flat(state: Any) -> dict[str, np.ndarray]:
 def _unflat(flat: Mapping[str, Any], like: Any) -> Any:
     structure = jax.tree.structure(like)
     if len(flat) != structure.num_leaves:
-        raise _Damaged(f"it holds {len(flat)} arrays, not {structure.num_leaves}")
+        raise DamagedError(f"it holds {len(flat)} arrays, not {structure.num_leaves}")
     return jax.tree.unflatten(structure, [np.asarray(flat[name]) for name in sorted(flat)])
 
 
 def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    for field in sorted(saved.keys() | wanted.keys()):
-        if saved.get(field) != wanted.get(field):
-            raise ValueError(
-                f"the run in {folder.parent} has {field}={_brief(saved.get(field))}, not "
-                f"{_brief(wanted.get(field))}; resume it with its own, or choose another --workdir "
-                "or --name"
-            )
+    if field := first_difference(saved, wanted):
+        raise ValueError(
+            f"the run in {folder.parent} has {field}={brief(saved.get(field))}, not "
+            f"{brief(wanted.get(field))}; resume it with its own, or choose another --workdir "
+            "or --name"
+        )
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _today(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config by today's names; what is no config stays, and differs in its first field."""
+    try:
+        return to_json(from_json(config))
+    except ValueError:
+        return config
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

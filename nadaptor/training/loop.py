@@ -118,7 +118,6 @@ def fit(
                     fetched += 1
                     rate = fetched * config.step.batch_size / (time.perf_counter() - started)
                     log.step(step, loss, accuracy, rate, config.step.batch_size)
-            accuracy = None
             if epoch_ends:
                 variables = jax.device_get(state.variables)
                 accuracy = source_accuracy(run.model, variables, run.validation, devices)
@@ -127,12 +126,9 @@ def fit(
                 tally = EMPTY._replace(high_since=tally.high_since)
                 fetched, started = 0, time.perf_counter()
             if snapshot and tally.high_since < 0:
-                snapshots.save(done, state, _progress(tally, rows, start.card["parent"]), accuracy)
+                snapshots.save(done, state, _progress(tally, rows, start.card.get("parent")))
             if ended and done < run.total_steps:
-                how = "saved" if snapshots.wait() else "NOT saved"
-                raise Interrupted(
-                    f"told to end after {done} steps, which are {how}; the same command resumes"
-                )
+                raise Interrupted(_what_is_saved(done, snapshots.last_on_disk()))
         return _result(run, snapshots, state, rows)
 
 
@@ -151,7 +147,7 @@ def _train(config: Config, workdir: Path, options: Options) -> Path:
             print(f"{config.name}: resumed at step {start.step} of {run.total_steps}")
         variables, metrics = fit(run, folder, snapshots, start)
     if run.devices.process_index == 0:
-        card = {**run.card, "parent": start.card["parent"], "metrics": metrics}
+        card = {**run.card, "parent": start.card.get("parent"), "metrics": metrics}
         save_checkpoint(checkpoint, "ann", variables, card)
         print(f"{config.name}: validation accuracy {percent(metrics['validation_accuracy'])}")
     return checkpoint
@@ -176,6 +172,18 @@ def _begin(run: Run, workdir: Path) -> Snapshot:
         weights, card = load_checkpoint(workdir / parent.name / "checkpoint", "ann")
         origin = card["card_digest"]
     return Snapshot(0, first_state(run, weights), _progress(EMPTY, [], origin))
+
+
+def _what_is_saved(done: int, on_disk: int | None) -> str:
+    """What is true of a run that was told to end."""
+    if on_disk == done:
+        return f"told to end after {done} steps, which are saved; the same command resumes"
+    if on_disk is None:
+        return f"told to end after {done} steps, and none is saved; the same command starts again"
+    return (
+        f"told to end after {done} steps; the last that is saved is {on_disk}, from which the same "
+        "command resumes"
+    )
 
 
 def _fetch(span: range, metrics: Any) -> Iterator[tuple[int, float, float]]:

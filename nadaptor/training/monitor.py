@@ -1,9 +1,11 @@
 """What a run has measured so far, and when it must stop: values, carried by the loop."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from nadaptor.checkpoints.card import fields_of
 from nadaptor.errors import RunError
 
 # A loss that stays for so many steps above so many times that of guessing does not come back.
@@ -71,6 +73,21 @@ def epoch_row(tally: Tally, step: int, rate: float, accuracy: float) -> dict[str
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a snapshot's card says of the run so far."""
+
+    tally: dict[str, int | float]
+    rows: list[dict[str, float]]
+
+
 def restore_tally(card: Mapping[str, Any]) -> tuple[Tally, list[dict[str, float]]]:
-    """Returns the sums and rows that a snapshot's card holds."""
-    return Tally(**card["tally"]), list(card["rows"])
+    """Returns the sums and rows that a snapshot's card holds.
+
+    Raises:
+        ValueError: a field is missing or of another type; the message names it.
+    """
+    progress = fields_of(Progress, card)
+    if progress.tally.keys() != set(Tally._fields):
+        raise ValueError(f"the tally of a snapshot has {sorted(progress.tally)} as its fields")
+    return Tally(**cast(Any, progress.tally)), list(progress.rows)

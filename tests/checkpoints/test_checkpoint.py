@@ -276,15 +276,15 @@ def test_arrays_of_a_shape_that_the_card_has_not_are_refused_before_any_is_read(
     monkeypatch.setattr(
         ocp.PyTreeCheckpointer, "restore", lambda *_: pytest.fail("the arrays were read")
     )
-    metadata = ocp.PyTreeCheckpointer.metadata
+    metadata = ocp.PyTreeCheckpointHandler.metadata
 
     def huge(self, path):
         found = metadata(self, path)
-        leaf = found.item_metadata.tree["params"]["count"]
+        leaf = found.tree["params"]["count"]
         leaf.shape = (4_000_000_000,)
         return found
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointer, "metadata", huge)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "metadata", huge)
     word = "its arrays would take 1600000" if old else "params/count is stored as"
     with pytest.raises(ValueError, match=word):
         load_checkpoint(saved, "ann")

@@ -7,20 +7,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import numpy as np
 import pytest
 
+from nadaptor.checkpoints.card import seal
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint, save_checkpoint
 from nadaptor.checkpoints.snapshots import Snapshots
 from nadaptor.configs.config import replace
-from nadaptor.training import RunError, train
+from nadaptor.training import RunError, loop, train
 from nadaptor.training.options import DEFAULT
 
 ROOT = Path(__file__).parents[2]
-STATE = {"w": np.arange(6, dtype=np.float32), "step": np.int32(3)}
+
+
+class State(NamedTuple):
+    w: Any
+    step: Any
+
+
+STATE = State(np.arange(6, dtype=np.float32), np.int32(3))
 CARD = {"config": {"seed": 0}, "data": {"class_names": ["a", "b"]}}
 
 
@@ -33,11 +42,18 @@ def latest(folder, card=CARD):
         return snapshots.latest(STATE)
 
 
+def save(snapshots, step, **card):
+    snapshots.save(step, STATE._replace(step=np.int32(step)), card)
+
+
 @pytest.fixture
 def saved(tmp_path):
     snapshots = opened(tmp_path)
+    rows = []
     for step, accuracy in ((1, 0.9), (2, 0.5), (3, None), (4, 0.1)):
-        snapshots.save(step, {**STATE, "step": np.int32(step)}, {"note": step}, accuracy)
+        if accuracy:
+            rows = [*rows, {"step": step, "validation_accuracy": accuracy}]
+        save(snapshots, step, note=step, rows=rows)
     snapshots.close()
     return tmp_path
 
@@ -48,7 +64,7 @@ def test_the_latest_and_the_best_are_kept(saved):
         assert snapshots.best(STATE).step == 1
         last = snapshots.latest(STATE)
     assert (last.step, last.card["note"]) == (4, 4)
-    chex.assert_trees_all_equal(last.state, {**STATE, "step": np.int32(4)})
+    chex.assert_trees_all_equal(last.state, STATE._replace(step=np.int32(4)))
     chex.assert_trees_all_equal_dtypes(last.state, STATE)
 
 
@@ -56,13 +72,13 @@ def test_no_file_is_too_large_to_be_carried(tmp_path):
     rng = np.random.default_rng(0)
     shapes = {"one": (3, 3, 512, 512), "two": (3, 3, 512, 512), "large": (4096, 1200), "b": ()}
     state = {name: rng.random(shape, np.float32) for name, shape in shapes.items()}
-    state = jax.tree.map(np.asarray, state)
+    state = State(jax.tree.map(np.asarray, state), np.int32(1))
     with contextlib.closing(opened(tmp_path)) as snapshots:
         snapshots.save(1, state, {})
         assert snapshots.wait()
         chex.assert_trees_all_equal(snapshots.latest(state).state, state)
-    save_checkpoint(tmp_path / "checkpoint", "ann", state, {})
-    chex.assert_trees_all_equal(load_checkpoint(tmp_path / "checkpoint", "ann")[0], state)
+    save_checkpoint(tmp_path / "checkpoint", "ann", state.w, {"config": {}})
+    chex.assert_trees_all_equal(load_checkpoint(tmp_path / "checkpoint", "ann")[0], state.w)
     for folder in ("snapshots", "checkpoint"):
         sizes = [path.stat().st_size for path in (tmp_path / folder).rglob("*")]
         assert sum(sizes) > 32 * 2**20
@@ -81,7 +97,7 @@ def test_a_damaged_snapshot_is_skipped_with_a_line_and_moved_aside(saved, capsys
         if how == "remove":
             file.unlink()
     assert latest(saved).step == 3
-    assert capsys.readouterr().out.startswith("snapshot 4 skipped: ")
+    assert capsys.readouterr().out.startswith("snapshot 4 skipped and moved to ")
     assert (saved / "damaged/4").is_dir()
 
 
@@ -107,7 +123,7 @@ def test_another_config_or_data_set_is_refused_by_the_field(saved, card, word):
 
 def test_a_snapshot_between_two_measurements_is_no_reason_to_warn(saved, caplog):
     with contextlib.closing(opened(saved)) as snapshots:
-        snapshots.save(9, STATE, {})
+        save(snapshots, 9)
         assert snapshots.wait()
     assert not caplog.records
 
@@ -115,7 +131,7 @@ def test_a_snapshot_between_two_measurements_is_no_reason_to_warn(saved, caplog)
 def test_a_state_that_is_not_finite_is_not_saved(saved):
     snapshots = opened(saved)
     with pytest.raises(RunError, match="w is not finite after 9 updates"):
-        snapshots.save(9, {**STATE, "w": np.float32([np.nan])}, {})
+        snapshots.save(9, STATE._replace(w=np.float32([np.nan])), {})
     assert snapshots.latest(STATE).step == 4
     snapshots.close()
 
@@ -127,11 +143,102 @@ def test_a_full_disk_leaves_the_earlier_snapshots_and_the_run_goes_on(saved, cap
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(snapshots._manager, "save", full)
-    snapshots.save(5, STATE, {})
+    save(snapshots, 5)
     assert "a snapshot was not saved, the earlier ones are kept: OSError" in capsys.readouterr().out
-    snapshots.save(6, STATE, {})
+    save(snapshots, 6)
     snapshots.close()
     assert latest(saved).step == 6
+
+
+def change_card(folder, step, change, *, sealed):
+    path = folder / "snapshots" / str(step) / "card/metadata"
+    card = json.loads(path.read_text())
+    change(card)
+    if sealed:
+        card = seal({k: v for k, v in card.items() if k not in ("format", "card_digest")})
+    path.write_text(json.dumps(card))
+
+
+def test_a_snapshot_in_the_folder_of_another_step_is_not_resumed_from(saved, capsys):
+    (saved / "snapshots/4").rename(saved / "snapshots/6")
+    assert latest(saved).step == 3
+    assert "snapshot 6 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_swapped_snapshots_are_not_resumed_from(saved, old):
+    """Those of format 1 neither, whose cards have no step: the state's own is the folder's."""
+    if old:
+        for step in (3, 4):
+            change_card(saved, step, as_of_format_1, sealed=False)
+    for source, target in (("4", "x"), ("3", "4"), ("x", "3")):
+        (saved / "snapshots" / source).rename(saved / "snapshots" / target)
+    assert latest(saved).step == 1
+
+
+def as_of_format_1(card):
+    for field in ("format", "card_digest", "step"):
+        del card[field]
+
+
+def test_snapshots_of_format_1_are_resumed_from(saved):
+    for step in (1, 3, 4):
+        change_card(saved, step, as_of_format_1, sealed=False)
+        # Which had a folder of metrics, too, that nothing depends on now.
+        (saved / f"snapshots/{step}/metrics").mkdir()
+        (saved / f"snapshots/{step}/metrics/metrics").write_text("{")
+    assert latest(saved).step == 4
+    with contextlib.closing(opened(saved)) as snapshots:
+        assert snapshots.best(STATE).step == 1
+
+
+def test_a_changed_accuracy_is_not_believed(saved):
+    """The best is chosen by what the digest covers."""
+
+    def better(card):
+        card["rows"][-1].update(step=4, validation_accuracy=0.99)
+
+    change_card(saved, 4, better, sealed=False)
+    with contextlib.closing(opened(saved)) as snapshots:
+        assert snapshots.best(STATE).step == 1
+        assert snapshots.latest(STATE).step == 3
+
+
+@pytest.mark.parametrize("field", ["config", "data", "digests", "versions"])
+def test_a_card_without_a_field_is_skipped_by_its_name(saved, capsys, field):
+    change_card(saved, 4, lambda card: card.pop(field), sealed=True)
+    assert latest(saved).step == 3
+    assert f"it lacks {field}" in capsys.readouterr().out
+
+
+def test_where_no_snapshot_is_good_all_stay_and_the_same_command_says_the_same(saved):
+    """The cause may pass: no permission for a moment, a disk that is away."""
+    texts = {path: path.read_text() for path in (saved / "snapshots").glob("*/card/metadata")}
+    for path in texts:
+        path.write_text("{")
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"none of the 3 snapshots .* they stay there"):
+            latest(saved)
+    for path, text in texts.items():
+        path.write_text(text)
+    assert latest(saved).step == 4
+
+
+def test_what_is_said_to_be_saved_is_on_the_disk(saved, monkeypatch):
+    with contextlib.closing(opened(saved)) as snapshots:
+        assert snapshots.last_on_disk() == 4
+        monkeypatch.setattr(snapshots._manager, "save", lambda *_, **__: None)
+        save(snapshots, 7)
+        assert snapshots.last_on_disk() == 4
+    assert loop._what_is_saved(4, 4).endswith("4 steps, which are saved; the same command resumes")
+    assert "the last that is saved is 4" in loop._what_is_saved(7, 4)
+    assert "none is saved" in loop._what_is_saved(7, None)
+
+
+def test_a_folder_that_cannot_be_written_in_is_refused_at_once(tmp_path):
+    (tmp_path / "snapshots").write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot write in .*/snapshots: "):
+        opened(tmp_path)
 
 
 @pytest.fixture(scope="module")
