@@ -4,13 +4,18 @@ What is renamed before it is on the disk may be an empty file after a power cut.
 synchronised before the rename that makes it count, and its folder after it.
 """
 
+import contextlib
 import csv
+import datetime
+import fcntl
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from nadaptor.errors import RunError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -49,6 +54,44 @@ def check_writable(folder: Path) -> None:
         raise ValueError(
             f"cannot write in {folder}: {error.strerror or error}; choose another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Holds the lock of what is made at a path, so that no other program makes it meanwhile.
+
+    The lock is that of an open file beside it, `.NAME.lock`: it ends with its holder, however that
+    ends.
+
+    Args:
+        path: of a file or folder that is there or not.
+
+    Raises:
+        RunError: another program holds it; the message says which, since when.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(lock, "a+"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).strip() or "another program"
+            raise RunError(f"{path} is being made by {holder}; wait for it, or end it") from None
+        # A holder that has just ended removes the file, and another may have made it anew.
+        if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
+            stack.enter_context(hold(path))
+            yield
+            return
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()}, since {now}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

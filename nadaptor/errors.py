@@ -1,9 +1,21 @@
 """The errors of a run that was asked for correctly: each has its exit code at the doors."""
 
+import signal
+
 
 class RunError(RuntimeError):
     """A run cannot go on: its loss is not finite, or a converted network fails its own checks."""
 
 
 class Interrupted(RuntimeError):
-    """A run was told to end (SIGTERM), and has saved what it resumes from."""
+    """A run was told to end by a signal; the message says what is saved.
+
+    Args:
+        message: what is saved.
+        number: of the signal; the exit code is 128 and this.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        """Keeps the signal's number."""
+        super().__init__(message)
+        self.number = number

@@ -1,31 +1,32 @@
 """The training loop: full precision first, then quantized from it, each run in its own folder."""
 
 import contextlib
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint, save_checkpoint
+from nadaptor._files import hold
+from nadaptor.checkpoints.card import first_difference
+from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint, versions
 from nadaptor.checkpoints.snapshots import Snapshot, Snapshots
 from nadaptor.configs.config import Config, from_json, to_json
 from nadaptor.configs.named import INHERITED, parent_of
 from nadaptor.data.registry import open_split
 from nadaptor.errors import Interrupted
 from nadaptor.evaluation.measure import source_accuracy
-from nadaptor.parallel import start_processes
+from nadaptor.parallel import agree, start_processes
 from nadaptor.reports.tables import percent
 from nadaptor.training.feed import open_feed
 from nadaptor.training.logs import Log
 from nadaptor.training.monitor import EMPTY, Tally, add_step, epoch_row, restore_tally
 from nadaptor.training.options import DEFAULT, Options
 from nadaptor.training.run import Run, first_state, open_run, read_weights, state_shape
+from nadaptor.training.signals import told_to_end
 from nadaptor.training.state import TrainState
 
 
@@ -49,7 +50,7 @@ def train(config: Config, workdir: Path, options: Options = DEFAULT) -> Path:
         ValueError: a name is unknown, a value or a file is bad, or the folder holds a run of
             another config or data set; the message names the field that differs.
         RunError: the loss is not finite, or diverges; the last good snapshot is kept.
-        Interrupted: SIGTERM came; what to resume from is saved.
+        Interrupted: SIGTERM, SIGINT or SIGHUP came; the message says what is saved.
     """
     start_processes(options.coordinator, options.num_processes, options.process_id)
     return _train(config, workdir, options)
@@ -75,7 +76,9 @@ def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> float
         weights, _ = read_weights(run, options.init_from)
         variables = first_state(run, weights).variables
     else:
-        variables, _ = load_checkpoint(workdir / config.name / "checkpoint", "ann")
+        checkpoint = workdir / config.name / "checkpoint"
+        variables, card = load_checkpoint(checkpoint, "ann")
+        _check_config(checkpoint, card, config, to_json(config))
     test = open_split(config.data, "test", options.data_dir)
     return source_accuracy(run.model, variables, test, run.devices)
 
@@ -96,20 +99,20 @@ def fit(
 
     Raises:
         RunError: the loss is not finite, or diverges.
-        Interrupted: SIGTERM came, and a snapshot is saved.
+        Interrupted: a signal came; the message says what is saved.
     """
     config, devices = run.config, run.devices
     tally, rows = restore_tally(start.card)
     waiting, fetched, rate, started = deque(), 0, 0.0, time.perf_counter()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(run, folder, start.step))
-        told_to_end = stack.enter_context(_sigterm(devices.process_count))
+        told = stack.enter_context(told_to_end(devices.process_count))
         feed = stack.enter_context(open_feed(run, start.step))
         state = feed.replicate(start.state)
         for call, span in enumerate(feed.spans):
             state, metrics = feed.advance(state, span)
             waiting.append((span, metrics))
-            done, ended = span.stop, told_to_end(call)
+            done, ended = span.stop, told(call)
             epoch_ends = done % run.epoch_steps == 0
             snapshot = epoch_ends or ended or done % (run.options.snapshot_steps or done + 1) == 0
             while len(waiting) >= (1 if snapshot else devices.in_flight):
@@ -128,29 +131,75 @@ def fit(
             if snapshot and tally.high_since < 0:
                 snapshots.save(done, state, _progress(tally, rows, start.card.get("parent")))
             if ended and done < run.total_steps:
-                raise Interrupted(_what_is_saved(done, snapshots.last_on_disk()))
+                raise Interrupted(_what_is_saved(done, snapshots.last_on_disk()), told.number)
         return _result(run, snapshots, state, rows)
 
 
 def _train(config: Config, workdir: Path, options: Options) -> Path:
     run = open_run(config, options)  # bad input shows before the parent is trained
     folder = workdir / config.name
-    checkpoint = folder / "checkpoint"
-    if checkpoint.exists():
-        return _finished(checkpoint, config, to_json(config))
+    agree(_asked(run))
+    # The processes of a run share the lock of the first.
+    locked = hold(folder) if run.devices.process_index == 0 else contextlib.nullcontext()
+    with locked:
+        if (folder / "checkpoint").exists():
+            return _finished(folder / "checkpoint", config, to_json(config))
+        return _go_on(run, workdir, folder)
+
+
+def _go_on(run: Run, workdir: Path, folder: Path) -> Path:
+    """Trains what is still to be trained, from the last snapshot, the parent or the beginning."""
+    config, options, checkpoint = run.config, run.options, folder / "checkpoint"
     parent = None if (folder / "snapshots").exists() else parent_of(config)
     if parent and not options.init_from:
         _train_parent(parent, workdir, options)
-    with contextlib.closing(Snapshots(folder / "snapshots", options.keep, run.card)) as snapshots:
+    said = {**run.card, "setting": _setting(run)}
+    with contextlib.closing(Snapshots(folder / "snapshots", options.keep, said)) as snapshots:
         start = snapshots.latest(state_shape(run)) or _begin(run, workdir)
-        if start.step:
-            print(f"{config.name}: resumed at step {start.step} of {run.total_steps}")
+        agree({"the step to go on from": start.step})
+        if run.devices.process_index == 0:
+            print(f"{config.name}: {_where_it_starts(run, start, said)}")
         variables, metrics = fit(run, folder, snapshots, start)
     if run.devices.process_index == 0:
         card = {**run.card, "parent": start.card.get("parent"), "metrics": metrics}
         save_checkpoint(checkpoint, "ann", variables, card)
         print(f"{config.name}: validation accuracy {percent(metrics['validation_accuracy'])}")
     return checkpoint
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """What the last bits of a run depend on beside its config and its images."""
+    return {
+        "platform": run.devices.local[0].platform,
+        "devices": run.devices.total,
+        "processes": run.devices.process_count,
+        "resident": run.resident,
+        "x64": bool(jax.config.jax_enable_x64),
+        **{name: version for name, version in versions().items() if name.startswith("jax")},
+    }
+
+
+def _asked(run: Run) -> dict[str, Any]:
+    """What all processes of a run must be asked for alike."""
+    options = {
+        "init_from": str(run.options.init_from),
+        "new_head": run.options.new_head,
+        "snapshot_steps": run.options.snapshot_steps,
+        "keep": run.options.keep,
+    }
+    return {**to_json(run.config), **run.card["data"], **options, **_setting(run), **versions()}
+
+
+def _where_it_starts(run: Run, start: Snapshot, said: Mapping[str, Any]) -> str:
+    """From which step a run goes on, and what there differs from the place it comes from."""
+    if not start.step:
+        return f"starts at step 0 of {run.total_steps}, because there is no snapshot"
+    before, now = start.card.get("setting", {}), said["setting"]
+    other = [f"{k} {before[k]}, not {now.get(k)}" for k in before if before[k] != now.get(k)]
+    line = f"resumed at step {start.step} of {run.total_steps}"
+    if other:
+        line += f"; it was with {', '.join(other)}: the last bits of the result may be others"
+    return line
 
 
 def _train_parent(parent: Config, workdir: Path, options: Options) -> None:
@@ -213,30 +262,6 @@ def _result(
     return jax.device_get(state.variables), rows[-1]
 
 
-@contextlib.contextmanager
-def _sigterm(process_count: int) -> Iterator[Callable[[int], bool]]:
-    """Yields a function that says whether SIGTERM has come, on all processes alike.
-
-    It is to be called with 0, 1, 2, ...: processes agree on one of the numbers to end at.
-    """
-    if process_count > 1:
-        from jax.experimental import multihost_utils
-
-        # jax's own handler of SIGTERM is at work, and lets all processes end at one step.
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came = threading.Event()
-    # Only the main thread may set a handler; elsewhere the default stays.
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda call: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
-    try:
-        yield lambda call: came.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _meet(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
@@ -247,13 +272,19 @@ def _meet(name: str) -> None:
 
 def _finished(checkpoint: Path, config: Config, fields: Iterable[str]) -> Path:
     """Returns the checkpoint of a finished run, if its config agrees in these fields."""
-    trained = to_json(from_json(load_card(checkpoint, "ann")["config"]))
-    for field in fields:
-        wanted = to_json(config)[field]
-        if trained[field] != wanted:
-            raise ValueError(
-                f"{checkpoint} was trained with {field}={trained[field]!r}, not {wanted!r}; "
-                "choose another --workdir, or another --name"
-            )
+    # The arrays, too: a damaged network is not trained.
+    _, card = load_checkpoint(checkpoint, "ann")
+    _check_config(checkpoint, card, config, fields)
     print(f"{config.name}: already trained, at {checkpoint}")
     return checkpoint
+
+
+def _check_config(
+    checkpoint: Path, card: Mapping[str, Any], config: Config, fields: Iterable[str]
+) -> None:
+    trained, wanted = to_json(from_json(card["config"])), to_json(config)
+    if field := first_difference(*({k: c[k] for k in fields} for c in (trained, wanted))):
+        raise ValueError(
+            f"{checkpoint} was trained with {field}={trained[field]!r}, not {wanted[field]!r}; "
+            "choose another --workdir, or another --name"
+        )
