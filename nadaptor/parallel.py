@@ -88,13 +88,19 @@ def start_processes(
     """
     if coordinator is None and num_processes is None and process_id is None:
         return
-    waits = {"initialization_timeout": timeout, "heartbeat_timeout_seconds": timeout}
-    arguments: tuple[Any, ...] = ()
-    if coordinator != "auto":
-        arguments = _checked(coordinator, num_processes, process_id)
-        # jax itself ends a process that waits in vain by SIGABRT and a page.
-        _meet(*arguments, timeout)
-    jax.distributed.initialize(*arguments, **waits, shutdown_timeout_seconds=timeout)
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        initialization_timeout=timeout,
+        heartbeat_timeout_seconds=timeout,
+        shutdown_timeout_seconds=timeout,
+    )
+    if coordinator == "auto":
+        initialize()
+        return
+    address = _checked(coordinator, num_processes, process_id)
+    # jax itself ends a process that waits in vain by SIGABRT and a page.
+    _meet(*address, timeout)
+    initialize(*address)
 
 
 def _checked(

@@ -250,10 +250,11 @@ def _digest(leaf: np.ndarray) -> str:
 
 def _read_arrays(path: Path, wanted: Mapping[str, list[Any]] | None) -> Any:
     import orbax.checkpoint as ocp
+    from etils import epath
 
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = ocp.PyTreeCheckpointHandler().metadata(path.resolve()).tree
+            stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.resolve())).tree
             check_stored(stored, wanted, path)
             return jax.tree.map(np.asarray, checkpointer.restore(path.resolve()))
     # A truncated file comes out of the storage layer as any exception, a bare one included.

@@ -237,13 +237,14 @@ class Snapshots:
 
     def _restore(self, step: int, like: Any) -> Snapshot:
         import orbax.checkpoint as ocp
+        from etils import epath
 
         full, card = self._read_json(step), self._read_card(step)
         _check_same(_today(card.config), self._card.get("config", {}), self._folder)
         _check_same(card.data, self._card.get("data", {}), self._folder)
         try:
             files = self._folder / str(step) / "state"
-            stored = ocp.PyTreeCheckpointHandler().metadata(files).tree
+            stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(files)).tree
             check_stored(stored, shapes(_flat(like)), files)
             items = ocp.args.Composite(state=ocp.args.PyTreeRestore())
             flat = self._manager.restore(step, args=items)["state"]

@@ -174,7 +174,7 @@ def _setting(run: Run) -> dict[str, Any]:
         "devices": run.devices.total,
         "processes": run.devices.process_count,
         "resident": run.resident,
-        "x64": bool(jax.config.jax_enable_x64),
+        "x64": jax.dtypes.canonicalize_dtype(float) == np.float64,
         **{name: version for name, version in versions().items() if name.startswith("jax")},
     }
 
