@@ -133,7 +133,7 @@ class MmseCnn(Cnn):
 
 def test_the_simulation_and_the_layers_are_those_of_the_network_by_hand(variables):
     q = nadaptor.quantize(RELU.apply)
-    scales = q.init(variables, IMAGES)
+    scales = jax.jit(q.init)(variables, IMAGES)
     full = with_scales(variables, scales)
     got = nadaptor.simulate(q, scales, variables, IMAGES, num_steps=5)
     want = nadaptor.simulate(HAND.apply, full, IMAGES, num_steps=5)
@@ -148,7 +148,7 @@ def test_the_simulation_and_the_layers_are_those_of_the_network_by_hand(variable
 
 def test_the_compiled_operations_are_those_of_the_network_by_hand(variables):
     q = nadaptor.quantize(RELU.apply)
-    scales = q.init(variables, IMAGES)
+    scales = jax.jit(q.init)(variables, IMAGES)
 
     def counts(f, *args):
         text = jax.jit(jax.grad(lambda *args: (f(*args) ** 2).sum())).lower(*args).as_text()
@@ -161,49 +161,55 @@ def test_the_compiled_operations_are_those_of_the_network_by_hand(variables):
 
 
 def test_noise_is_the_adaptors_with_the_key_of_the_layer():
-    q, key = nadaptor.quantize(plain), jax.random.key(5)
-    scales = q.init(W, X)
+    q = nadaptor.quantize(plain)
+    scales = jax.jit(q.init)(W, X)
 
     def noisy(v, scale, number):
-        own = jax.random.fold_in(key, number)
+        own = jax.random.fold_in(jax.random.key(5), number)
         factor = 1 / np.sqrt(v.shape[-1] * LEVELS)
         return nadaptor.noise_adaptor(own, v, scale, LEVELS, gradient_scale=factor)
 
     def got(scales, w):
-        return (q(scales, w, X, key=key) ** 2).sum()
+        return (q(scales, w, X, key=jax.random.key(5)) ** 2).sum()
 
     def want(scales, w):
         return (by_hand(scales, w, X, noisy) ** 2).sum()
 
-    equal(jax.grad(got, (0, 1))(scales, W), jax.grad(want, (0, 1))(scales, W))
-    assert (q(scales, W, X, key=key) != q(scales, W, X)).any()
+    got, want = jax.jit(jax.grad(got, (0, 1))), jax.jit(jax.grad(want, (0, 1)))
+    equal(got(scales, W), want(scales, W))
+    assert (q(scales, W, X, key=jax.random.key(5)) != q(scales, W, X)).any()
+
+
+def example_keys(start, stop):
+    return jax.random.split(jax.random.key(1), len(X))[start:stop]
 
 
 def test_a_key_for_each_example_makes_its_noise_its_own():
-    q, keys = nadaptor.quantize(plain), jax.random.split(jax.random.key(1), len(X))
-    scales = q.init(W, X, channel_axis=-1)
+    q = nadaptor.quantize(plain)
+    scales = jax.jit(functools.partial(q.init, channel_axis=-1))(W, X)
     assert scales["layer0"].shape == (1, 16)
-    together = q(scales, W, X, key=keys)
-    close(q(scales, W, X[3:9], key=keys[3:9]), together[3:9])
-    same = jnp.broadcast_to(keys[:1], keys.shape)
-    twice = q(scales, W, jnp.stack([X[0], X[0]]), key=same[:2])
+    noisy = jax.jit(lambda x, keys: q(scales, W, x, key=keys))
+    together = noisy(X, example_keys(0, 32))
+    close(noisy(X[3:9], example_keys(3, 9)), together[3:9])
+    first = jnp.stack([jax.random.key(1), jax.random.key(1)])
+    twice = noisy(jnp.stack([X[0], X[0]]), first)
     equal(twice[0], twice[1])
     with pytest.raises(
         ValueError, match=r"keys are of shape \(5,\).*layer0 has the shape \(32, 16"
     ):
-        q(scales, W, X, key=keys[:5])
+        q(scales, W, X, key=example_keys(0, 5))
 
 
 def test_vmap_of_a_function_of_one_example_is_the_function_of_the_batch():
     q = nadaptor.quantize(functools.partial(plain, W), batch_axis=None)
-    scales, keys = q.init(X), jax.random.split(jax.random.key(1), len(X))
+    scales = jax.jit(q.init)(X)
     close(jax.vmap(functools.partial(q, scales))(X), q(scales, X))
-    noisy = jax.vmap(lambda x, key: q(scales, x, key=key))(X, keys)
-    close(noisy[3], q(scales, X[3], key=keys[3]))
+    noisy = jax.vmap(lambda x, key: q(scales, x, key=key))(X, example_keys(0, 32))
+    close(noisy[3], q(scales, X[3], key=example_keys(3, 4)[0]))
 
 
 def test_grad_of_quantize_is_the_gradient_by_hand_also_through_a_closure():
-    scales = nadaptor.quantize(plain).init(W, X)
+    scales = jax.jit(nadaptor.quantize(plain).init)(W, X)
 
     def outer(w):
         return nadaptor.quantize(lambda x: plain(w, x))(scales, X).sum()
@@ -215,7 +221,7 @@ def test_grad_of_quantize_is_the_gradient_by_hand_also_through_a_closure():
 def test_what_a_function_closes_over_is_read_at_each_call():
     box = {"w": W}
     q = nadaptor.quantize(lambda x: plain(box["w"], x))
-    scales = q.init(X)
+    scales = jax.jit(q.init)(X)
     before = q(scales, X)
     box["w"] = jax.tree.map(lambda w: 2 * w, W)
     equal(q(scales, X), nadaptor.quantize(plain)(scales, box["w"], X))
@@ -234,12 +240,12 @@ def test_remat_stays_and_its_gradient_is_that_by_hand():
         return x
 
     x, q = X @ W[0], nadaptor.quantize(f)
-    scales = q.init(W[1], x)
+    scales = jax.jit(q.init)(W[1], x)
     assert list(scales) == ["layer0", "layer1"]
     jaxpr = jax.make_jaxpr(functools.partial(q, scales))(W[1], x).jaxpr
     assert contains(jaxpr, lambda eqn: eqn.primitive.name in ("remat2", "checkpoint"))
-    got = jax.grad(lambda w: q(scales, w, x).sum())(W[1])
-    close(got, jax.grad(lambda w: hand(w, x, scales).sum())(W[1]))
+    got = jax.jit(jax.grad(lambda w: q(scales, w, x).sum()))(W[1])
+    close(got, jax.jit(jax.grad(lambda w: hand(w, x, scales).sum()))(W[1]))
 
 
 def turns(reverse=False):
@@ -258,12 +264,16 @@ def test_a_scan_stays_with_a_scale_for_each_turn(reverse):
     q = nadaptor.quantize(f)
     (layer,) = q.layers(ws, x)
     assert layer.turns == (3,)
-    scales = q.init(ws, x)
-    z = x
-    for i in (2, 1, 0) if reverse else (0, 1, 2):
-        z = z + lsq(z @ ws[i], scales["layer0"][i])
-    close(q(scales, ws, x)[0], z)
-    slopes = jax.grad(lambda s: q(s, ws, x)[0].sum())(scales)["layer0"]
+    scales = jax.jit(q.init)(ws, x)
+
+    @jax.jit
+    def hand(z):
+        for i in (2, 1, 0) if reverse else (0, 1, 2):
+            z = z + lsq(z @ ws[i], scales["layer0"][i])
+        return z
+
+    close(jax.jit(q)(scales, ws, x)[0], hand(x))
+    slopes = jax.jit(jax.grad(lambda s: q(s, ws, x)[0].sum()))(scales)["layer0"]
     assert slopes.shape == (3,) and (slopes != 0).all()
     jaxpr = jax.make_jaxpr(functools.partial(q, scales))(ws, x).jaxpr
     assert contains(jaxpr, lambda eqn: eqn.primitive.name == "scan" and eqn.params["unroll"] == 2)
@@ -289,8 +299,10 @@ def test_nested_scans_have_a_scale_and_a_noise_for_each_pair_of_turns():
     assert scales["layer0"].shape == (2, 3)
     y = q(1.0, x, key=jax.random.key(0)).reshape(6, -1)
     assert len({tuple(row.tolist()) for row in y}) == 6
-    keys = jax.random.split(jax.random.key(0), 5)
-    assert q(scales, x, key=keys).shape == (2, 3, 5, 400)
+    # The checker of keys takes the keys of examples, sliced by turn, for consumed ones.
+    with jax.debug_key_reuse(False):
+        each = q(1.0, x, key=jax.random.split(jax.random.key(0), 5)).reshape(30, -1)
+    assert len({tuple(row.tolist()) for row in each}) == 30
 
 
 def test_custom_derivatives_without_a_relu_are_kept():
@@ -375,7 +387,7 @@ def test_inside_shard_map_and_with_an_explicit_mesh_it_is_the_same_function():
         xs = jax.device_put(X, jax.sharding.NamedSharding(explicit, spec("data")))
         w = jax.device_put(W, jax.sharding.NamedSharding(explicit, spec()))
         q = nadaptor.quantize(plain)
-        scales = q.init(w, xs)
+        scales = jax.jit(q.init)(w, xs)
         y = jax.jit(q)(scales, w, xs)
     assert jax.typeof(y).sharding.spec[0] == "data"
     close(jax.device_get(y), q(jax.device_get(scales), W, X))
@@ -384,7 +396,7 @@ def test_inside_shard_map_and_with_an_explicit_mesh_it_is_the_same_function():
 def test_half_precision_keeps_its_dtype_and_float32_scales():
     w, x = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (W, X))
     q = nadaptor.quantize(plain)
-    scales = q.init(w, x)
+    scales = jax.jit(q.init)(w, x)
     assert scales["layer0"].dtype == jnp.float32
     assert q(scales, w, x).dtype == jnp.bfloat16
 

@@ -100,7 +100,7 @@ def cifar10_resnet20_na() -> Config:
         batch_size=64,
         learning_rate=0.01,
         warmup_steps=50,
-        scale_init="mmse",
+        scale_init="mmse_relu",
         scale_gradient=False,
         select="last",
     )

@@ -14,17 +14,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_levels
-from nadaptor.models.scales import SCALE_FLOOR
 from nadaptor.quantizers import GradientMode, clipped_relu, lsq, mmse_scale, noise_adaptor
+from nadaptor.rules import SCALE_FLOOR
 
-ScaleInit = Literal["lsq", "mmse"]
+ScaleInit = Literal["lsq", "mmse", "mmse_relu"]
 # Sets the draw of a network's levels apart from the keys of its layers.
 DRAW = 0x1E7E15
 
@@ -51,7 +51,9 @@ class Lsq(nn.Module):
         scale_gradient: whether to apply LSQ's factor on the gradient of the scale.
         data_init: whether the scale starts from data; else it starts at `initial_scale`.
         scale_init: "lsq" for LSQ's rule; "mmse" for the scale, of 95 up to max(v)/p, at which the
-            mean of `(relu(v) - lsq(v))^2` is smallest: a pre-trained network loses less to it.
+            mean of `(relu(v) - lsq(v))^2` is smallest: a pre-trained network loses less to it;
+            "mmse_relu" for the same measured on the network with ReLUs in all of its slots, where
+            `start_scales` creates the scale, and of which a pre-trained network loses least.
         initial_scale: the constant start, in the units of v, also where v is silent in the data.
         per_channel: one scale for each entry of the last axis, instead of one for the layer.
         axis_name: mapped axis (of `pmap`, `vmap` or `shard_map`) over which the start is averaged;
@@ -82,8 +84,10 @@ class Lsq(nn.Module):
     def __post_init__(self) -> None:
         """Checks the levels and the start."""
         check_levels(self.levels)
-        if self.scale_init not in ("lsq", "mmse"):
-            raise ValueError(f"scale_init must be 'lsq' or 'mmse', not {self.scale_init!r}")
+        if self.scale_init not in get_args(ScaleInit):
+            raise ValueError(
+                f"scale_init must be one of {get_args(ScaleInit)}, not {self.scale_init!r}"
+            )
         super().__post_init__()
 
     @nn.compact
@@ -98,7 +102,7 @@ class Lsq(nn.Module):
             mean = _across(self, jax.lax.pmean, positive.mean(axes))
             return 2 * mean / math.sqrt(self.levels)
 
-        measure = self._mmse if self.scale_init == "mmse" else from_mean
+        measure = from_mean if self.scale_init == "lsq" else self._mmse
         return _learned(self, "quant_scale", v, measure, self.initial_scale)
 
     def _mmse(self, positive: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -75,7 +75,8 @@ class QuantizerConfig:
     noise_amplitude: float
     # Gradient of the noise adaptor's scale: Eq. 10 ("paper") or Eq. 7's ("exact").
     gradient: GradientMode
-    # Where scales start: by LSQ's rule, or where the first batch is represented best.
+    # Where scales start: by LSQ's rule; where the first batch is represented best ("mmse"), each
+    # layer behind quantized ones; or the same on the parent's network with ReLUs ("mmse_relu").
     scale_init: ScaleInit
     # Whether LSQ's factor 1/sqrt(N*p) is on the gradient of the scale.
     scale_gradient: bool

@@ -6,9 +6,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
+
+from nadaptor.models.activations import Relu
+from nadaptor.quantization import quantize
+from nadaptor.rules import SCALE_FLOOR
 
 SCALE_NAMES = ("quant_scale", "threshold")
-SCALE_FLOOR = 1e-4
 
 
 def start_scales(
@@ -16,7 +20,8 @@ def start_scales(
 ) -> dict[str, Any]:
     """Creates the missing scales from the batch as it flows through the weights at hand.
 
-    Each layer measures its input with the layers before it already quantized, noise off. Existing
+    Each layer measures its input with the layers before it already quantized, noise off; with the
+    `scale_init` "mmse_relu", with ReLUs in all slots, as `nadaptor.quantize(f).init` does. Existing
     leaves, statistics included, come back as they are.
 
     Args:
@@ -42,6 +47,9 @@ def start_scales(
 
     Source: Esser et al., Learned step size quantization, 2019, for the rule.
     """
+    slot = getattr(model, "activation", None)
+    if slot is not None and getattr(layer := slot(), "scale_init", None) == "mmse_relu":
+        variables = _measured_with_relus(model, layer, variables, batch, kwargs)
     mutable = list({"params", *variables})
     _, updated = model.apply(variables, batch, rngs={"params": key}, mutable=mutable, **kwargs)
     params = updated["params"]
@@ -54,6 +62,25 @@ def start_scales(
             "or load weights for every layer"
         )
     return {**variables, "params": params}
+
+
+def _measured_with_relus(
+    model: Any, layer: Any, variables: Mapping[str, Any], batch: jax.Array, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Adds the scales that are missing, measured on the model with ReLUs in its slots."""
+    relus = model.clone(activation=Relu)
+    mutable = [name for name in variables if name != "params"]
+
+    def apply(variables: Any, batch: jax.Array) -> Any:
+        return relus.apply(variables, batch, mutable=mutable, **kwargs)
+
+    channel_axis = -1 if layer.per_channel else None
+    found = quantize(apply, layer.levels).init(variables, batch, channel_axis=channel_axis)
+    flat = dict(traverse_util.flatten_dict(variables["params"]))
+    for name, scale in found.items():
+        path = (*name.split("/")[1:], "quant_scale")
+        flat.setdefault(path, scale.reshape((-1,) if layer.per_channel else ()))
+    return {**variables, "params": traverse_util.unflatten_dict(flat)}
 
 
 def project_scales(params: Any, floor: float = SCALE_FLOOR) -> Any:

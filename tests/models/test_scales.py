@@ -14,6 +14,8 @@ from nadaptor.models import (
     ClippedRelu,
     Lsq,
     NoiseAdaptor,
+    Relu,
+    create,
     is_scale,
     project_scales,
     start_scales,
@@ -115,3 +117,19 @@ def test_is_scale_tells_a_quantizer_from_a_batch_norm():
             layer.init(jax.random.key(0), sample(2, 2))
         )
         assert is_scale(path)
+
+
+def test_mmse_relu_starts_are_those_of_the_network_with_relus():
+    slot = functools.partial(Lsq, levels=2, scale_init="mmse_relu")
+    model = create("digits_resnet20", 10, activation=slot)
+    relus = model.clone(activation=Relu)
+    images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    variables = jax.jit(relus.init)(jax.random.key(1), images)
+    full = jax.jit(functools.partial(start_scales, model))(variables, images, jax.random.key(2))
+    found = jax.jit(nadaptor.quantize(relus.apply).init)(variables, images)
+    assert len(found) == 19
+    for name, scale in found.items():
+        layer = full["params"]
+        for part in name.split("/")[1:]:
+            layer = layer[part]
+        assert layer["quant_scale"] == scale
