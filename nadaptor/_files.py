@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nadaptor.errors import RunError
+from nadaptor.errors import PassingError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -67,7 +67,7 @@ def hold(path: Path) -> Iterator[None]:
         path: of a file or folder that is there or not.
 
     Raises:
-        RunError: another program holds it; the message says which, since when.
+        PassingError: another program holds it; the message says which, since when.
     """
     lock = path.with_name(f".{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,9 @@ def hold(path: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip() or "another program"
-            raise RunError(f"{path} is being made by {holder}; wait for it, or end it") from None
+            raise PassingError(
+                f"{path} is being made by {holder}; wait for it, or end it"
+            ) from None
         # A holder that has just ended removes the file, and another may have made it anew.
         if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
             stack.enter_context(hold(path))

@@ -7,6 +7,10 @@ class RunError(RuntimeError):
     """A run cannot go on: its loss is not finite, or a converted network fails its own checks."""
 
 
+class PassingError(RunError):
+    """A run cannot go on now, and may later: it is no result of its network."""
+
+
 class Interrupted(RuntimeError):
     """A run was told to end by a signal; the message says what is saved.
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nadaptor._checks import check_count
-from nadaptor.errors import RunError
+from nadaptor.errors import PassingError
 
 AXIS = "batch"
 Parallel = Literal["pmap", "shard_map"]
@@ -84,7 +84,7 @@ def start_processes(
 
     Raises:
         ValueError: one of the three is given without the others, or is out of its range.
-        RunError: the others did not come in time.
+        PassingError: the others did not come in time.
     """
     if coordinator is None and num_processes is None and process_id is None:
         return
@@ -134,7 +134,7 @@ def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -
                 if to.recv(1):
                     return
             time.sleep(0.1)
-        raise RunError(f"process 0 did not let process {process_id} in at {coordinator} {late}")
+        raise PassingError(f"process 0 did not let process {process_id} in at {coordinator} {late}")
     with contextlib.ExitStack() as stack:
         both = socket.has_dualstack_ipv6()
         anywhere = ("::" if both else "", int(port))
@@ -143,7 +143,9 @@ def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -
             door = socket.create_server(anywhere, family=family, dualstack_ipv6=both)
             stack.enter_context(door)
         except OSError as error:
-            raise RunError(f"cannot listen at {coordinator}: {error.strerror or error}") from error
+            raise PassingError(
+                f"cannot listen at {coordinator}: {error.strerror or error}"
+            ) from error
         come: dict[int, socket.socket] = {}
         while len(come) < num_processes - 1:
             door.settimeout(max(0.01, until - time.monotonic()))
@@ -155,7 +157,7 @@ def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -
                 if time.monotonic() < until:
                     continue
                 missing = sorted(set(range(1, num_processes)) - come.keys())
-                raise RunError(
+                raise PassingError(
                     f"of {num_processes} processes, {missing} did not come to {coordinator} {late}"
                 ) from None
         for other in come.values():

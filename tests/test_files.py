@@ -1,8 +1,12 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
-from nadaptor._files import write_bytes, write_csv, write_json
+from nadaptor._files import check_writable, hold, write_bytes, write_csv, write_json
+from nadaptor.errors import PassingError
 from nadaptor.training.logs import write_metrics
 
 ROWS = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
@@ -24,3 +28,34 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         write_csv(tmp_path / "b.csv", [{"a": 1}, {"b": 2}])
     write_bytes(tmp_path / "c" / "d", b"content")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.json", "c", "d"]
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    with hold(tmp_path / "run"):
+        holder = f"run is being made by process {os.getpid()}, since"
+        with pytest.raises(PassingError, match=holder), hold(tmp_path / "run"):
+            pass
+        with hold(tmp_path / "other"):
+            pass
+    with hold(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_does_not_outlive_a_holder_that_was_killed(tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from nadaptor._files import hold\n"
+        "with hold(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path / "run"], check=False)
+    assert (tmp_path / ".run.lock").exists()
+    with hold(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_that_is_a_file_cannot_be_written_in(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot write in .*file"):
+        check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []

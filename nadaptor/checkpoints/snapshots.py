@@ -28,7 +28,7 @@ from nadaptor.checkpoints.checkpoint import (
     versions,
 )
 from nadaptor.configs.config import from_json, to_json
-from nadaptor.errors import RunError
+from nadaptor.errors import PassingError, RunError
 
 METRIC = "validation_accuracy"
 
@@ -133,7 +133,7 @@ class Snapshots:
         Raises:
             ValueError: it is of a run with another config or data set; the message names the
                 first field that differs.
-            RunError: there are snapshots, and none of them can be read.
+            PassingError: there are snapshots, and none of them can be read.
         """
         damaged: dict[int, DamagedError] = {}
         for step in sorted(self._on_disk(), reverse=True):
@@ -148,7 +148,7 @@ class Snapshots:
             return found
         if damaged:
             newest = max(damaged)
-            raise RunError(
+            raise PassingError(
                 f"none of the {len(damaged)} snapshots in {self._folder} can be read, and they "
                 f"stay there; the newest, {newest}: {damaged[newest]}; remove the folder to start "
                 "again"
@@ -159,14 +159,14 @@ class Snapshots:
         """Restores the snapshot that was best on the validation images, the newest of equals.
 
         Raises:
-            RunError: it is damaged.
+            PassingError: it is damaged.
         """
         self.wait()
         step = self._best_step(self._on_disk())
         try:
             return None if step is None else self._restore(step, like)
         except DamagedError as error:
-            raise RunError(
+            raise PassingError(
                 f"the best snapshot, of step {step}, is damaged: {error}; remove "
                 f"{self._folder / str(step)} to hand on the best of the others"
             ) from error

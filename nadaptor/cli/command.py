@@ -2,21 +2,17 @@
 
 import dataclasses
 import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from nadaptor._checks import check_name
+from nadaptor.cli.failures import end
 from nadaptor.configs.config import Config
 from nadaptor.configs.named import CONFIGS
-from nadaptor.errors import Interrupted, RunError
 from nadaptor.training.options import Options
-
-_PACKAGE = str(Path(__file__).parents[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +28,8 @@ class Run:
 def run_door(main: Callable[[], object]) -> None:
     """Runs a command, and ends the program with a code where it fails.
 
-    A ValueError of nadaptor is bad input: one line on stderr and exit code 2. A RunError is a run
-    that failed: one line and exit code 1. A run that SIGTERM ended has saved itself: one line and
-    exit code 143. Any other error is a defect and keeps its traceback.
+    Bad input, a run that failed, a machine that failed and a signal are one line on stderr and an
+    exit code, as `nadaptor.cli.failures` says. Any other error is a defect and keeps its traceback.
 
     What jax compiles is kept for the next command in ~/.cache/nadaptor/xla, or where the user's
     JAX_COMPILATION_CACHE_DIR says; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
@@ -45,14 +40,12 @@ def run_door(main: Callable[[], object]) -> None:
     _keep_compiled()
     try:
         main()
-    except RunError as error:
-        _exit(error, 1)
-    except Interrupted as error:
-        _exit(error, 128 + signal.SIGTERM)
-    except ValueError as error:
-        if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE):
-            raise
-        _exit(error, 2)
+        sys.stdout.flush()
+    except Exception as error:
+        end(error)
+        raise
+    except KeyboardInterrupt as error:
+        end(error)
 
 
 def use_every_core() -> None:
@@ -123,8 +116,3 @@ def _keep_compiled() -> None:
 def _cores() -> int:
     # Not every system can bind a process to some of its cores.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _exit(error: Exception, code: int) -> None:
-    print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(code)

@@ -8,6 +8,7 @@ command line, in a checkpoint's card and for `replace` they are all fields of th
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -145,6 +146,10 @@ def check_config(config: Config) -> Config:
         Traceback (most recent call last):
         ValueError: epochs must be a positive int, not 0
     """
+    if not re.fullmatch(r"[\w=+-][\w.=+-]*", config.name, re.ASCII):
+        raise ValueError(
+            f"name must be letters, digits and -_.=+, to be that of a folder, not {config.name!r}"
+        )
     check_data(config.data)
     check_network(config.network, config.quantizer)
     fields = fields_of(config)
@@ -156,6 +161,11 @@ def check_config(config: Config) -> Config:
     for field in ("learning_rate", "warmup_steps", "weight_decay", "seed"):
         if not 0 <= fields[field] < float("inf"):
             raise ValueError(f"{field} must be a number >= 0, not {fields[field]!r}")
+    if fields["seed"] >= 2**63:
+        raise ValueError(f"seed must be below 2^63, not {fields['seed']!r}")
+    if fields["levels"] >= 2**24:
+        # From there on, a float32 does not hold every count of levels.
+        raise ValueError(f"levels must be below 2^24, not {fields['levels']!r}")
     for field, known in (("select", Select), ("dtype", Dtype), ("prng", Prng)):
         if fields[field] not in get_args(known):
             raise ValueError(f"{field} must be one of {get_args(known)}, not {fields[field]!r}")

@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 from nadaptor._checks import check_count
 from nadaptor._files import write_json
 from nadaptor._provenance import provenance
+from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
 from nadaptor.configs.build import config_split
 from nadaptor.configs.config import Config, Dtype, replace, to_json
 from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.named import get_config
 from nadaptor.conversion.convert import convert, load_snn
-from nadaptor.errors import RunError
+from nadaptor.errors import PassingError, RunError
 from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
 from nadaptor.evaluation.report import noisy_accuracy
 from nadaptor.training.loop import train
@@ -139,13 +140,12 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
     cells = list(cells_of(study))
     for done, cell in enumerate(cells, start=1):
         path = _path(workdir, study.split, cell)
-        if path.exists():
-            _read(path, cell, study)
+        if _is_measured(path, cell, study):
             continue
         print(f"[{done} of {len(cells)}] {cell.network.name}, {cell.correction}, seed {cell.seed}")
         settings = _settings(cell, study)
         measured = _measure(cell, study, workdir, options)
-        write_json(path, {"settings": settings, "made": provenance(), **measured})
+        write_json(path, seal({"settings": settings, "made": provenance(), **measured}))
     return {cell: _read(_path(workdir, study.split, cell), cell, study) for cell in cells}
 
 
@@ -183,6 +183,8 @@ def _measure(cell: Cell, study: Study, workdir: Path, options: Options) -> dict[
         snn = checkpoint.parent / "snn"
         if not snn.exists():
             convert(checkpoint, snn, data_dir=options.data_dir)
+    except PassingError:
+        raise
     except RunError as error:
         return {"failed": str(error)}
     model, variables, config = load_snn(snn)
@@ -219,8 +221,37 @@ def _settings(cell: Cell, study: Study) -> dict[str, Any]:
     return {**of_study, "config": to_json(config_of(cell, study))}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What a cell holds; the figures are missing where the run failed."""
+
+    settings: dict[str, Any]
+    made: dict[str, str]
+    failed: str | None = None
+    ann: float | None = None
+    ann_noisy: float | None = None
+    accuracy: list[float] | None = None
+    total_steps: int | None = None
+
+
+def _is_measured(path: Path, cell: Cell, study: Study) -> bool:
+    """Whether a cell is there and what was written; a damaged one is measured again."""
+    if not path.exists():
+        return False
+    try:
+        _read(path, cell, study)
+    except DamagedError as error:
+        print(f"{error}; it is measured again")
+        return False
+    return True
+
+
 def _read(path: Path, cell: Cell, study: Study) -> dict[str, Any]:
-    found = json.loads(path.read_text())
+    try:
+        found = unseal(json.loads(path.read_bytes()))
+        fields_of(_Measured, found)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     wanted = _settings(cell, study)
     if found["settings"] != wanted:
         names = [name for name, value in wanted.items() if found["settings"].get(name) != value]

@@ -11,7 +11,7 @@ from nadaptor.configs.config import check_config, replace
 from nadaptor.configs.inference import CORRECTIONS, get_inference
 from nadaptor.configs.tables import published
 from nadaptor.data.registry import load_split
-from nadaptor.errors import RunError
+from nadaptor.errors import PassingError, RunError
 from nadaptor.evaluation.accuracy import snn_accuracy
 from nadaptor.studies import study as grid
 from nadaptor.studies.named import STUDIES
@@ -122,6 +122,28 @@ def test_a_network_that_fails_is_a_cell_that_says_so(tmp_path, monkeypatch):
     assert "failed" in (tmp_path / "out" / "table.md").read_text()
     cell = tmp_path / "cells" / "validation" / "lsq_p2-none-seed0.json"
     assert json.loads(cell.read_text())["settings"]
+
+
+def test_a_changed_figure_is_measured_again_and_a_passing_error_is_no_result(
+    tmp_path, monkeypatch, capsys
+):
+    study = dataclasses.replace(STUDY, methods=("lsq",), corrections=("none",), seeds=1)
+    errors = [RunError("the loss is nan"), RunError("the loss is inf"), PassingError("held")]
+
+    def fail(config, workdir, options):
+        raise errors.pop(0)
+
+    monkeypatch.setattr(grid, "train", fail)
+    (first,) = [m["failed"] for m in run_study(study, tmp_path).values()]
+    (cell,) = (tmp_path / "cells").rglob("*.json")
+    assert [m["failed"] for m in run_study(study, tmp_path).values()] == [first]
+    cell.write_text(cell.read_text().replace("nan", "bad"))
+    assert [m["failed"] for m in run_study(study, tmp_path).values()] == ["the loss is inf"]
+    assert "it is measured again" in capsys.readouterr().out
+    cell.write_text(cell.read_text()[:40])
+    with pytest.raises(PassingError, match="held"):
+        run_study(study, tmp_path)
+    assert len(cell.read_text()) == 40
 
 
 @pytest.mark.parametrize("name", STUDIES)

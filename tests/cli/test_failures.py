@@ -1,0 +1,89 @@
+"""What a command prints when the machine, the user or the input ends it: one line, and a code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nadaptor.cli.command import run_door
+from nadaptor.configs.config import check_config, fields_of, make_config
+from nadaptor.configs.named import get_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def ended(capsys, monkeypatch):
+    """Runs a command that raises; returns its exit code and the lines of stderr."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+
+    def run(main):
+        with pytest.raises(SystemExit) as end:
+            run_door(main)
+        return end.value.code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+def test_a_file_where_a_folder_is_needed_is_one_line(ended, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, lines = ended(lambda: (tmp_path / "file" / "runs").mkdir())
+    assert (code, lines) == (1, [f"train.py: {tmp_path}/file/runs: Not a directory"])
+
+
+def test_a_link_loop_and_a_folder_in_the_place_of_a_file_are_one_line(ended, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert ended(lambda: (tmp_path / "loop").read_text())[0] == 1
+    assert ended(lambda: tmp_path.read_text())[1][0].endswith("Is a directory")
+
+
+def test_a_full_disk_is_one_line(ended):
+    def fill():
+        with open("/dev/full", "w") as full:
+            full.write("x")
+
+    assert ended(fill) == (1, ["train.py: No space left on device"])
+
+
+def test_ctrl_c_is_one_line(ended):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    code, lines = ended(interrupted)
+    assert (code, len(lines)) == (130, 1)
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure():
+    program = (
+        "from nadaptor.cli.command import run_door\n"
+        "run_door(lambda: [print('line', i, flush=True) for i in range(100000)])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, env=env, stdout=-1, stderr=-1)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../../x", "/tmp/x", "a/b", "a\nb", ".", "..", "a\x1b[31m", " "]
+)
+def test_a_name_that_is_none_of_a_folder_is_refused(name):
+    fields = {**fields_of(get_config("digits_na")), "name": name}
+    with pytest.raises(ValueError, match="name must be letters") as caught:
+        check_config(make_config(**fields))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("seed", 2**63), ("levels", 2**24), ("levels", 2**31)]
+)
+def test_numbers_that_jax_cannot_hold_are_refused_by_their_field(field, value):
+    fields = {**fields_of(get_config("digits_na")), field: value}
+    with pytest.raises(ValueError, match=f"{field} must be below"):
+        check_config(make_config(**fields))
