@@ -5,6 +5,7 @@ Values are checked only where they are concrete: a traced array has a shape and 
 
 import difflib
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,10 +112,15 @@ def check_name(name: str, known: Mapping[str, Any], what: str) -> str:
         >>> check_name("digit_na", {"digits_na": 1, "digits_relu": 2}, "config")
         Traceback (most recent call last):
         ValueError: unknown config 'digit_na'; did you mean 'digits_na'?
+        >>> check_name("resnet56", {"resnet50": 1, "cifar_resnet56": 2}, "model")
+        Traceback (most recent call last):
+        ValueError: unknown model 'resnet56'; did you mean 'cifar_resnet56'?
     """
     if name in known:
         return name
-    close = difflib.get_close_matches(name, known, n=1)
+    # A part of a name, as "resnet56" of "cifar_resnet56", is nearer than what looks like it.
+    within = [k for k in known if name in k] if name else []
+    close = difflib.get_close_matches(name, within or known, n=1, cutoff=0.0 if within else 0.6)
     remedy = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
     raise ValueError(f"unknown {what} {name!r}; {remedy}")
 
@@ -150,3 +156,22 @@ def _check_layer_scale(layer: Any, scale: Any) -> jax.Array:
             "measure the scales by init with a scan of this length"
         )
     return scale
+
+
+def check_local(path: object, what: str) -> None:
+    """Checks that a path is of this machine's file system, and no address such as gs://bucket.
+
+    Raises:
+        ValueError: it is an address; all that is written there would be lost.
+
+    Example:
+        >>> check_local("runs/mine", "--workdir")
+    """
+    # Path("gs://bucket") is gs:/bucket.
+    scheme = re.match(r"([A-Za-z][\w+.-]+):/+(?=[^/])", str(path))
+    if scheme:
+        address = f"{scheme[1]}://{str(path)[scheme.end():]}"
+        raise ValueError(
+            f"{what} must be a local folder, not {address}; mount the bucket, as gcsfuse does, or "
+            "use local disk and copy"
+        )

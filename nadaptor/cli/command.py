@@ -1,31 +1,21 @@
-"""What the three commands share: named configs on the command line, and errors in one line."""
+"""What the commands share: errors in one line, choices by name, local paths, every core."""
 
-import dataclasses
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 
-from nadaptor._checks import check_name
+from nadaptor._checks import check_local, check_name
 from nadaptor.cli.failures import end
-from nadaptor.configs.config import Config
-from nadaptor.configs.named import CONFIGS
-from nadaptor.training.options import Options
+
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What `train.py` is asked for."""
-
-    config: Config
-    options: Options
-    # Folder of runs; the run is a folder in it.
-    workdir: Path = Path("runs")
-
-
-def run_door(main: Callable[[], object]) -> None:
+def run_command(main: Callable[[Sequence[str]], object]) -> None:
     """Runs a command, and ends the program with a code where it fails.
 
     Bad input, a run that failed, a machine that failed and a signal are one line on stderr and an
@@ -35,11 +25,12 @@ def run_door(main: Callable[[], object]) -> None:
     JAX_COMPILATION_CACHE_DIR says; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
 
     Args:
-        main: the command.
+        main: the command; it is given the words after the program's name.
     """
     _keep_compiled()
     try:
-        main()
+        _refuse_urls(sys.argv[1:])
+        main(sys.argv[1:])
         sys.stdout.flush()
     except Exception as error:
         end(error)
@@ -54,54 +45,85 @@ def use_every_core() -> None:
     XLA does not share operations as small as a simulator's among cores; a device for each simulates
     images of its own. Call it before jax is first used.
     """
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
         jax.config.update("jax_num_cpu_devices", _cores())
 
 
-def parse_run(description: str) -> Run:
-    """Reads a config's name and what overrides it from the command line.
+def program(command: str) -> str:
+    """Returns how the user called a command, for its help: `train.py`, or `nadaptor train`.
 
     Args:
-        description: shown by --help.
+        command: its name.
+    """
+    called = Path(sys.argv[0]).name
+    return f"{called} {command}" if called == "nadaptor" else called
+
+
+def parse_named(
+    named: Mapping[str, Callable[[], T]],
+    what: str,
+    arguments: Sequence[str],
+    *,
+    command: str,
+    description: str,
+    more: str = "",
+) -> T:
+    """Reads a name and what overrides the value of that name from the command line.
+
+    Args:
+        named: what makes each value, a dataclass, with a docstring that says what it is.
+        what: the kind of thing, for messages: "config".
+        arguments: the words after the program's name.
+        command: name of the command.
+        description: first lines of --help, which lists the names. NAME --help has the options.
+        more: last lines of --help.
 
     Returns:
-        The run.
+        The value.
 
     Raises:
-        ValueError: there is no config of that name; the message suggests the nearest.
+        ValueError: there is nothing of that name; the message suggests the nearest.
         SystemExit: --help was asked for, or an option is unknown (exit code 2).
     """
     import tyro
 
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if not name.startswith("-"):
-        check_name(name, CONFIGS, "config")
-    named = {name: (make.__doc__ or "", Run(make(), Options())) for name, make in CONFIGS.items()}
-    return tyro.extras.overridable_config_cli(
-        named, description=description, config=(tyro.conf.OmitArgPrefixes,)
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        width = max(map(len, named))
+        lines = [f"  {n:{width}}  {_first_line(make)}" for n, make in named.items()]
+        print(
+            f"usage: {program(command)} NAME [OPTIONS]\n\n{description}\n\n"
+            f"NAME is a {what}; its values and all options: {program(command)} NAME --help\n\n"
+            + "\n".join(lines)
+            + more
+        )
+        sys.exit(0)
+    make = named[check_name(name, named, what)]
+    value = make()
+    return tyro.cli(
+        type(value),
+        prog=f"{program(command)} {name}",
+        description=make.__doc__,
+        default=value,
+        args=list(arguments[1:]),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 
-def train_door(run: Run) -> None:
-    """Does what `train.py` was asked for, and says what came of it in its last line.
+def _first_line(make: Callable[[], Any]) -> str:
+    return (make.__doc__ or "").partition("\n")[0]
 
-    Args:
-        run: as `parse_run` gives it.
 
-    Raises:
-        ValueError: as `nadaptor.training.train`.
-        RunError: as `nadaptor.training.train`.
-        Interrupted: as `nadaptor.training.train`.
-    """
-    from nadaptor.training.dry_run import dry_run
-    from nadaptor.training.loop import evaluate, train
-
-    if run.options.dry_run:
-        dry_run(run.config, run.options)
-    elif run.options.evaluate_only:
-        print(f"accuracy {100 * evaluate(run.config, run.workdir, run.options):.2f}")
-    else:
-        print(f"checkpoint: {train(run.config, run.workdir, run.options)}")
+def _refuse_urls(arguments: Sequence[str]) -> None:
+    """A bucket's address would be taken for a local folder, and be missed when all is done."""
+    option = ""
+    for word in arguments:
+        option = word.partition("=")[0] if word.startswith("-") else option
+        if re.match(r"(--?[\w-]+=)?[A-Za-z][\w+.-]*://", word):
+            value = word.partition("=")[2] if word.startswith("-") else word
+            check_local(value, option or "the path")
+    check_local(os.environ.get("NADAPTOR_DATA_DIR", ""), "NADAPTOR_DATA_DIR")
 
 
 def _keep_compiled() -> None:

@@ -82,6 +82,24 @@ def cifar10_resnet20() -> Config:
     )
 
 
+def _published(depth: int) -> Maker:
+    """The function that makes cifar10_resnet20's config for a deeper network."""
+
+    def make() -> Config:
+        name, model = f"cifar10_resnet{depth}", f"cifar_resnet{depth}"
+        return replace(cifar10_resnet20(), name=name, model=model)
+
+    make.__name__ = make.__qualname__ = f"cifar10_resnet{depth}"
+    make.__doc__ = f"""Full-precision ResNet-{depth} on CIFAR-10, otherwise as cifar10_resnet20.
+
+    `python train.py cifar10_resnet{depth} --init-from FILE --evaluate-only` measures published
+    weights. Not in the paper; training not run on any accelerator; time unknown.
+
+    `python train.py cifar10_resnet{depth}`
+    """
+    return make
+
+
 def cifar10_resnet20_na() -> Config:
     """ResNet-20 on CIFAR-10 with p = 4 and the noise adaptor, fine-tuned for one epoch.
 
@@ -210,6 +228,7 @@ PAPER: Mapping[str, Maker] = MappingProxyType(
         for make in (
             cifar10_resnet18,
             cifar10_resnet20,
+            *map(_published, (32, 44, 56)),
             cifar10_resnet20_na,
             cifar10_resnet20_lsq,
             folder_resnet50_na,

@@ -18,13 +18,14 @@ from nadaptor.models.config import ACTIVATIONS
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown, percent
 
+SplitToMeasure = Literal["validation", "test"]
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 def simulate_checkpoint(
     checkpoint: Path,
     num_steps: int,
-    split: Literal["validation", "test"],
+    split: SplitToMeasure,
     inference: Inference = PLAIN,
     data_dir: Path | None = None,
     num_images: int | None = None,

@@ -1,6 +1,5 @@
 """The networks by name: every architecture of the paper, for ImageNet, CIFAR and 8x8 digits."""
 
-import difflib
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -8,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from nadaptor._checks import check_name
 from nadaptor.models.activations import Relu
 from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet, Slot, batch_norm
 
@@ -74,17 +74,11 @@ def create(
         >>> create("cifar_resnet20", 10, shortcut="conv").stage_sizes
         (3, 3, 3)
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}{_suggestion(name, MODELS)}")
+    check_name(name, MODELS, "model")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes!r}")
-    fields = ResNet.__dataclass_fields__.keys() - {"parent", "name"}
-    for option in options.keys() - fields:
-        raise ValueError(f"unknown option {option!r} of {name}{_suggestion(option, fields)}")
+    fields = {k: v for k, v in ResNet.__dataclass_fields__.items() if k not in ("parent", "name")}
+    for option in options:
+        check_name(option, fields, f"option of {name},")
     options |= {"activation": activation, "norm": norm, "dtype": dtype}
     return MODELS[name](num_classes=num_classes, **options)
-
-
-def _suggestion(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(sorted(known))}"

@@ -16,15 +16,13 @@ from nadaptor._checks import check_count
 from nadaptor._files import write_json
 from nadaptor._provenance import provenance
 from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
-from nadaptor.configs.build import config_split
 from nadaptor.configs.config import Config, Dtype, replace, to_json
 from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.named import get_config
-from nadaptor.conversion.convert import convert, load_snn
 from nadaptor.errors import PassingError, RunError
-from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
-from nadaptor.evaluation.report import noisy_accuracy
-from nadaptor.training.loop import train
+from nadaptor.evaluation.report import SplitToMeasure
+from nadaptor.models.config import ACTIVATIONS
+from nadaptor.studies.measure import measure
 from nadaptor.training.options import DEFAULT, Options
 
 Method = Literal[
@@ -48,7 +46,9 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "any_level": {"activation": "any_level", "gradient": "exact", "scale_gradient": False},
 }
 # Methods whose levels are not a choice: one network serves every p of the study.
-FIXED_LEVELS: Mapping[str, int] = {"clipped_relu": 1, "ttrbr": 32}
+FIXED_LEVELS: Mapping[str, int] = {
+    name: entry.fixed_levels for name, entry in ACTIVATIONS.items() if entry.fixed_levels
+}
 # Fields of a study that a cell's figures depend on, beside its config.
 SETTINGS = ("num_steps", "correction_steps", "split", "num_images")
 # Fields of a study that are put in place of its config's.
@@ -93,9 +93,15 @@ class Study:
     # Steps that offset spikes (rho) and SRP (tau) spend before the T that count.
     correction_steps: int = 4
     # Images to measure on; the test set is for final figures, not for choices.
-    split: Literal["validation", "test"] = "validation"
+    split: SplitToMeasure = "validation"
     # First images of the split to measure on; None for all.
     num_images: int | None = None
+
+    @property
+    def reported_steps(self) -> list[int]:
+        """The time steps of its tables: powers of 2, and the last."""
+        powers = {2**k for k in range(self.num_steps.bit_length())}
+        return sorted(powers | {self.num_steps})
 
 
 class Network(NamedTuple):
@@ -129,8 +135,9 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
     Returns:
         Each cell's measurement: `ann` and `ann_noisy`, accuracy of the quantized network with the
         noise off and on (None where it cannot have any); `accuracy`, the spiking
-        network's at t = 1 to T; `total_steps`, with those of the correction; or `failed`, why
-        there is none; and `made`, as `provenance` gives it. Accuracies are shares, 0 to 1.
+        network's at t = 1 to T; `total_steps`, with those of the correction; `num_images`; or
+        `failed`, why there is none; and `made`, as `provenance` gives it. Accuracies are fractions,
+        0 to 1.
 
     Raises:
         ValueError: a name or count is out of range, or `workdir` holds cells of other settings.
@@ -179,23 +186,21 @@ def _measure(cell: Cell, study: Study, workdir: Path, options: Options) -> dict[
     """Trains and converts where that is still to be done, and simulates."""
     inference = get_inference(cell.correction, study.correction_steps)
     try:
-        checkpoint = train(config_of(cell, study), workdir / f"seed{cell.seed}", options)
-        snn = checkpoint.parent / "snn"
-        if not snn.exists():
-            convert(checkpoint, snn, data_dir=options.data_dir)
+        report = measure(
+            config_of(cell, study),
+            workdir / f"seed{cell.seed}",
+            options,
+            num_steps=study.num_steps,
+            split=study.split,
+            inference=inference,
+            num_images=study.num_images,
+        )
     except PassingError:
         raise
     except RunError as error:
         return {"failed": str(error)}
-    model, variables, config = load_snn(snn)
-    images = config_split(config, study.split, options.data_dir, study.num_images)
-    result = snn_accuracy(model, variables, images, study.num_steps, inference=inference)
-    return {
-        "ann": ann_accuracy(model, variables, images),
-        "ann_noisy": noisy_accuracy(config, variables, images),
-        "accuracy": result.accuracy,
-        "total_steps": inference.total_steps(study.num_steps),
-    }
+    kept = ("ann_noisy", "accuracy", "total_steps", "num_images")
+    return {"ann": report["ann_deterministic"], **{name: report[name] for name in kept}}
 
 
 def config_of(cell: Cell, study: Study) -> Config:
@@ -232,6 +237,7 @@ class _Measured:
     ann_noisy: float | None = None
     accuracy: list[float] | None = None
     total_steps: int | None = None
+    num_images: int | None = None
 
 
 def _is_measured(path: Path, cell: Cell, study: Study) -> bool:

@@ -55,12 +55,6 @@ def write_study(study: Study, cells: Cells, out: Path) -> None:
     plot_panels(by_method, label, out / "total_steps.png", total=True)
 
 
-def _steps(study: Study) -> list[int]:
-    """The time steps to report: powers of 2, and the last."""
-    powers = {2**k for k in range(study.num_steps.bit_length())}
-    return sorted(powers | {study.num_steps})
-
-
 def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
     """One row for each cell and reported t; no accuracy where the network failed."""
     return [
@@ -77,7 +71,7 @@ def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
             **measured["made"],
         }
         for cell, measured in cells.items()
-        for t in _steps(study)
+        for t in study.reported_steps
     ]
 
 
@@ -96,7 +90,7 @@ def _summary(
 ) -> list[dict[str, str]]:
     """Means and deviations over the seeds that gave a network; below, what the paper states."""
     of_line = _of(study, cells, network, correction)
-    noisy = [m["ann_noisy"] for m in of_line]
+    noisy, steps = [m["ann_noisy"] for m in of_line], study.reported_steps
     measured = {
         "method": network.name,
         "correction": correction,
@@ -104,7 +98,7 @@ def _summary(
         "seeds": str(len(of_line)),
         "ANN noisy": "" if None in noisy else _mean(noisy),
         "ANN": _mean([m["ann"] for m in of_line]),
-        **{f"T = {t}": _mean([m["accuracy"][t - 1] for m in of_line]) for t in _steps(study)},
+        **{f"T = {t}": _mean([m["accuracy"][t - 1] for m in of_line]) for t in steps},
     }
     config = config_of(Cell(network, correction, 0), study)
     paper = published(

@@ -5,11 +5,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from nadaptor._checks import check_local
 from nadaptor._files import hold
 from nadaptor.checkpoints.card import first_difference
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint, versions
@@ -28,6 +29,21 @@ from nadaptor.training.options import DEFAULT, Options
 from nadaptor.training.run import Run, first_state, open_run, read_weights, state_shape
 from nadaptor.training.signals import told_to_end
 from nadaptor.training.state import TrainState
+
+
+class Evaluation(NamedTuple):
+    """The accuracy of a trained network on test images, and what was measured."""
+
+    accuracy: float  # fraction of the images, 0 to 1
+    config: Config
+    num_images: int
+    weights: Path
+
+    def __str__(self) -> str:
+        """The measurement in words, but for its result."""
+        network = f"{self.config.network.model} with {self.config.quantizer.activation}"
+        data = f"{self.num_images} test images of {self.config.data.dataset}"
+        return f"{network}, weights of {self.weights}, on {data}, noise off"
 
 
 def train(config: Config, workdir: Path, options: Options = DEFAULT) -> Path:
@@ -52,11 +68,12 @@ def train(config: Config, workdir: Path, options: Options = DEFAULT) -> Path:
         RunError: the loss is not finite, or diverges; the last good snapshot is kept.
         Interrupted: SIGTERM, SIGINT or SIGHUP came; the message says what is saved.
     """
+    check_local(workdir, "workdir")
     start_processes(options.coordinator, options.num_processes, options.process_id)
     return _train(config, workdir, options)
 
 
-def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> float:
+def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> Evaluation:
     """Measures a network on the test set, noise off.
 
     Args:
@@ -66,21 +83,22 @@ def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> float
         options: where to read and run.
 
     Returns:
-        A share, 0 to 1.
+        The accuracy, and what was measured.
 
     Raises:
         ValueError: as `train`, or the run is not finished.
     """
     run = open_run(config, options)
     if options.init_from:
-        weights, _ = read_weights(run, options.init_from)
+        origin, (weights, _) = options.init_from, read_weights(run, options.init_from)
         variables = first_state(run, weights).variables
     else:
-        checkpoint = workdir / config.name / "checkpoint"
-        variables, card = load_checkpoint(checkpoint, "ann")
-        _check_config(checkpoint, card, config, to_json(config))
+        origin = workdir / config.name / "checkpoint"
+        variables, card = load_checkpoint(origin, "ann")
+        _check_config(origin, card, config, to_json(config))
     test = open_split(config.data, "test", options.data_dir)
-    return source_accuracy(run.model, variables, test, run.devices)
+    accuracy = source_accuracy(run.model, variables, test, run.devices)
+    return Evaluation(accuracy, config, test.size, origin)
 
 
 def fit(

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import runpy
 import shutil
@@ -8,9 +9,12 @@ from pathlib import Path
 import jax
 import pytest
 
-from nadaptor import demo
-from nadaptor.cli.command import run_door
-from nadaptor.configs.config import replace
+from nadaptor.cli import main as console
+from nadaptor.cli.command import run_command
+from nadaptor.cli.main import COMMANDS
+from nadaptor.configs.named import CONFIGS
+from nadaptor.models.registry import MODELS
+from nadaptor.studies import demo
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -75,6 +79,7 @@ def test_an_unknown_config_gets_a_suggestion(call, tmp_path):
         ("--levels", "-1", "levels must be a positive int"),
         ("--learning-rate", "nan", "learning_rate must be a number >= 0, not nan"),
         ("--model", "digits_resnet21", "did you mean 'digits_resnet20'"),
+        ("--model", "resnet56", "did you mean 'cifar_resnet56'"),
         ("--dataset", "digit", "did you mean 'digits'"),
         ("--parent", "digits_rel", "did you mean 'digits_relu'"),
     ],
@@ -82,6 +87,108 @@ def test_an_unknown_config_gets_a_suggestion(call, tmp_path):
 def test_a_bad_override_is_named_and_nothing_is_written(call, tmp_path, option, value, word):
     refused(call("train.py", "digits_na", option, value, "--workdir", tmp_path / "new"), word)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def nadaptor(monkeypatch, capsys):
+    """Runs the console script; returns its exit code, stdout and stderr."""
+
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["/usr/bin/nadaptor", *map(str, args)])
+        code = 0
+        try:
+            console.main()
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def test_the_console_script_lists_its_commands_and_suggests(nadaptor):
+    code, out, _ = nadaptor("--help")
+    assert code == 0
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert nadaptor() == (code, out, "")
+    refused(nadaptor("simulat"), "nadaptor: unknown command 'simulat'; did you mean 'simulate'?")
+    assert nadaptor("--version")[1].startswith("nadaptor ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_of_its_own(nadaptor, command):
+    code, out, _ = nadaptor(command, "--help")
+    assert code == 0
+    assert f"nadaptor {command}" in out
+    assert len(out.splitlines()) < 100
+
+
+def test_the_console_script_and_the_door_do_the_same(nadaptor, call, tmp_path):
+    bad = ("digits_na", "--epochs", "0", "--workdir", tmp_path / "new")
+    (code, _, err), (of_door, _, door) = nadaptor("train", *bad), call("train.py", *bad)
+    assert code == of_door == 2
+    assert err.removeprefix("nadaptor") == door.removeprefix("train.py")
+
+
+def test_the_list_of_commands_imports_none_of_them():
+    script = (
+        "import sys; sys.argv = ['nadaptor', '--help'];"
+        "from nadaptor.cli.main import main; main();"
+        "print(sorted(m for m in sys.modules if m.startswith(('nadaptor.cli.', 'flax', 'tyro'))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == "['nadaptor.cli.command', 'nadaptor.cli.main']"
+
+
+def test_the_help_has_a_line_for_each_config_and_the_networks(call):
+    code, out, _ = call("train.py", "--help")
+    assert code == 0
+    lines = out.splitlines()
+    assert sum(line.split()[:1] == [name] for name in CONFIGS for line in lines) == len(CONFIGS)
+    assert len(lines) <= len(CONFIGS) + 15
+    assert lines[-1].endswith(", ".join(MODELS))
+    code, out, _ = call("train.py", "digits_na", "--help")
+    assert code == 0
+    assert "--ema-decay" in out and "--workdir" in out
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments", "option"),
+    [
+        ("train.py", ["digits_na", "--workdir", "gs://bucket/runs"], "--workdir"),
+        ("train.py", ["digits_na", "--workdir=s3://bucket/runs"], "--workdir"),
+        ("train.py", ["digits_na", "--data-dir", "https://host/data"], "--data-dir"),
+        ("convert.py", ["runs/x/checkpoint", "--out", "gs://bucket/out"], "--out"),
+        ("simulate.py", ["gs://bucket/snn"], "the path"),
+    ],
+)
+def test_an_address_in_place_of_a_folder_is_refused_with_the_remedy(
+    call, monkeypatch, tmp_path, door, arguments, option
+):
+    monkeypatch.chdir(tmp_path)
+    address = arguments[-1].rpartition("=")[2]
+    words = f"{option} must be a local folder, not {address}; mount the bucket, as gcsfuse does"
+    refused(call(door, *arguments), words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_address_in_the_environment_is_refused(call, monkeypatch):
+    monkeypatch.setenv("NADAPTOR_DATA_DIR", "gs://bucket/data")
+    refused(call("train.py", "digits_na"), "NADAPTOR_DATA_DIR must be a local folder")
+
+
+def test_an_evaluation_says_what_it_measured(call, runs):
+    sizes = ["--model", "digits_resnet8", "--epochs", 2, "--workdir", runs]
+    code, out, _ = call("train.py", "digits_na", "--evaluate-only", *sizes)
+    assert code == 0
+    words, last = out.splitlines()[-2:]
+    assert words == (
+        f"digits_resnet8 with noise_adaptor, weights of {runs}/digits_na/checkpoint, "
+        "on 297 test images of digits, noise off"
+    )
+    assert 90 < float(last.removeprefix("accuracy ")) <= 100
 
 
 @pytest.mark.parametrize("option", ["--epoch-s", "--sead"])
@@ -129,24 +236,21 @@ def test_a_run_that_fails_ends_with_exit_code_1(call, runs, tmp_path):
 
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ValueError, match="invalid literal"):
-        run_door(lambda: int("x"))
+        run_command(lambda arguments: int("x"))
 
 
-def test_the_demo_makes_its_table_and_files(tmp_path, tiny, monkeypatch, capsys):
-    configs = {
-        name: replace(tiny, name=name, activation=activation, epochs=1)
-        for name, activation in (("digits_lsq", "lsq"), ("digits_na", "noise_adaptor"))
-    }
-    monkeypatch.setattr(demo, "get_config", configs.get)
-    monkeypatch.setattr(demo, "STEPS", (1, 3))
-    demo.demo(seeds=2, workdir=tmp_path)
+def test_the_demo_makes_its_table_and_files(tmp_path, capsys, runs):
+    small = {"model": "digits_resnet8", "epochs": 1, "num_steps": 3, "seeds": 2}
+    shutil.copytree(runs / "digits_relu", tmp_path / "seed0" / "digits_relu")
+    study = dataclasses.replace(demo.STUDY, **small)
+    demo.run_demo(study, tmp_path, tmp_path / "results")
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
         "accuracy.png",
         "report.json",
         "table.csv",
     ]
     table = (tmp_path / "results" / "table.csv").read_text().splitlines()
-    assert table[0] == "noise adaptor,ANN noisy,ANN deterministic,T = 1,T = 3"
+    assert table[0] == "noise adaptor,ANN noisy,ANN deterministic,T = 1,T = 2,T = 3"
     assert [row.split(",")[0] for row in table[1:]] == ["without", "with"]
     assert "| without " in capsys.readouterr().out
 
@@ -166,7 +270,7 @@ def test_a_door_keeps_what_it_compiles_where_the_user_says(users, monkeypatch, t
     before = {name: jax.config.values[name] for name in (limit, folder)}
     jax.config.update(folder, users)  # jax reads the variable at its import
     try:
-        run_door(lambda: None)
+        run_command(lambda arguments: None)
         expected = users or str(tmp_path / "nadaptor" / "xla")
         assert jax.config.values[folder] == expected
     finally:

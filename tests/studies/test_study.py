@@ -111,10 +111,10 @@ def test_the_files_hold_the_means_of_the_cells(tmp_path, capsys):
 
 
 def test_a_network_that_fails_is_a_cell_that_says_so(tmp_path, monkeypatch):
-    def fail(config, workdir, options):
+    def fail(config, workdir, options, **settings):
         raise RunError("the loss is nan at step 1; lower the learning rate")
 
-    monkeypatch.setattr(grid, "train", fail)
+    monkeypatch.setattr(grid, "measure", fail)
     study = dataclasses.replace(STUDY, methods=("lsq",), seeds=1)
     cells = run_study(study, tmp_path)
     assert all(m["failed"].startswith("the loss is nan") for m in cells.values())

@@ -1,0 +1,40 @@
+"""`nadaptor finetune CHECKPOINT`: fine-tunes a converted network in time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nadaptor.cli.command import program
+from nadaptor.training.finetuning import FineTuning, digits_na_finetuned, fine_tune
+
+DEFAULT = digits_na_finetuned()
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the command line and trains the network through its first time steps.
+
+    Args:
+        arguments: the words after the command.
+
+    Raises:
+        ValueError: as `fine_tune`.
+        RunError: as `fine_tune`.
+    """
+    tyro.cli(finetune_command, prog=program("finetune"), args=list(arguments))
+
+
+def finetune_command(
+    checkpoint: Annotated[Path, tyro.conf.Positional],
+    tuning: Annotated[FineTuning, tyro.conf.arg(name="")] = DEFAULT,
+    out: Path | None = None,
+) -> None:
+    """Trains the folded weights and thresholds on what the network does in its first T steps.
+
+    Args:
+        checkpoint: The folder that convert.py printed.
+        tuning: The run.
+        out: Folder to make; by default "snn-finetuned" beside the checkpoint.
+    """
+    fine_tune(checkpoint, checkpoint.parent / "snn-finetuned" if out is None else out, tuning)

@@ -1,0 +1,55 @@
+"""`nadaptor study NAME`: compares methods, levels, seeds and corrections.
+
+What is there from an earlier run is not done again: the same command goes on where it was stopped.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nadaptor.cli.command import parse_named, program, use_every_core
+from nadaptor.studies.named import STUDIES
+from nadaptor.studies.study import Study, run_study
+from nadaptor.studies.table import write_study
+from nadaptor.training.options import Options
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyCommand:
+    """What the command is asked for."""
+
+    study: Study
+    options: Options
+    # Folder of the runs and of the cells.
+    workdir: Path
+    # Folder for the CSV file, the table and the plots; by default "results" in workdir.
+    out: Path | None = None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reads the study from the command line, runs what is missing of it, and writes the grid.
+
+    Args:
+        arguments: the words after the command.
+
+    Raises:
+        ValueError: as `run_study`, or there is no study of that name.
+    """
+    use_every_core()
+    asked = parse_named(
+        {name: _command(name, make) for name, make in STUDIES.items()},
+        "study",
+        arguments,
+        command="study",
+        description=f"{__doc__}\nFor example: {program('study')} digits --seeds 3",
+    )
+    cells = run_study(asked.study, asked.workdir, asked.options)
+    write_study(asked.study, cells, asked.workdir / "results" if asked.out is None else asked.out)
+
+
+def _command(name: str, make: Callable[[], Study]) -> Callable[[], StudyCommand]:
+    def command() -> StudyCommand:
+        return StudyCommand(make(), Options(), Path("runs") / name)
+
+    command.__doc__ = make.__doc__
+    return command

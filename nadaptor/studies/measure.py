@@ -1,0 +1,49 @@
+"""The whole chain for one config: trained, converted and simulated, where it is not there yet."""
+
+from pathlib import Path
+from typing import Any
+
+from nadaptor.configs.config import Config
+from nadaptor.configs.inference import PLAIN, Inference
+from nadaptor.conversion.convert import convert
+from nadaptor.evaluation.report import SplitToMeasure, simulate_checkpoint
+from nadaptor.training.loop import train
+from nadaptor.training.options import DEFAULT, Options
+
+
+def measure(
+    config: Config,
+    workdir: Path,
+    options: Options = DEFAULT,
+    *,
+    num_steps: int,
+    split: SplitToMeasure = "validation",
+    inference: Inference = PLAIN,
+    num_images: int | None = None,
+) -> dict[str, Any]:
+    """Trains and converts a network where that is still to be done, and simulates it.
+
+    Args:
+        config: the run.
+        workdir: folder of runs; the trained network is `NAME/checkpoint` in it, and the spiking
+            one `NAME/snn`.
+        options: where to read and run, and the file of weights to start from.
+        num_steps: T.
+        split: images to measure on; the test set is for final figures, not for choices.
+        inference: the neuron and the correction.
+        num_images: the first images of the split to measure on; None for all.
+
+    Returns:
+        The report of `nadaptor.training.simulate_checkpoint`.
+
+    Raises:
+        ValueError: as `train`, `convert` and `simulate_checkpoint`.
+        RunError: training or the conversion failed.
+    """
+    checkpoint = train(config, workdir, options)
+    snn = checkpoint.parent / "snn"
+    if not snn.exists():
+        convert(checkpoint, snn, data_dir=options.data_dir)
+    return simulate_checkpoint(
+        snn, num_steps, split, inference, data_dir=options.data_dir, num_images=num_images
+    )
