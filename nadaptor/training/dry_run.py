@@ -1,16 +1,18 @@
 """What a run costs, before it is started: parameters, memory, and the time of a step."""
 
+import contextlib
 import time
 from typing import NamedTuple
 
 import jax
 
-from nadaptor.configs.config import Config
-from nadaptor.data.loader import batches
-from nadaptor.parallel import place_step, start_processes
+from nadaptor.configs.config import Config, check_config
+from nadaptor.data.registry import open_split
+from nadaptor.data.source import Source
+from nadaptor.data.stand_in import stand_in
+from nadaptor.parallel import start_processes
 from nadaptor.training.options import Options
 from nadaptor.training.run import first_state, open_run
-from nadaptor.training.step import build_step
 
 STEPS = 3
 MIB = 2**20
@@ -29,7 +31,8 @@ class Cost(NamedTuple):
 def dry_run(config: Config, options: Options) -> Cost:
     """Compiles the step of a run, does a few, and prints what they cost; trains and writes nothing.
 
-    The weights are random: those that the run would start from are not needed.
+    The weights are random: those that the run would start from are not needed. Nor is a data set
+    whose size is known, as ImageNet's: where it is not there, the images are made up.
 
     Args:
         config: the run.
@@ -42,21 +45,12 @@ def dry_run(config: Config, options: Options) -> Cost:
         ValueError: as `nadaptor.training.train`.
     """
     start_processes(options.coordinator, options.num_processes, options.process_id)
-    run = open_run(config, options)
-    step = build_step(config, run.images.spec, run.total_steps, run.devices.axis_name)
-    placed = place_step(step, run.devices, config.step.parallel)
+    run = open_run(config, options, _made_up(config, options))
+    placed = run.placed
     state = placed.replicate(first_state(run, None))
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    stream = batches(
-        run.images,
-        config.step.augmentation,
-        config.seed,
-        config.step.batch_size,
-        process_index=run.devices.process_index,
-        process_count=run.devices.process_count,
-    )
-    batch = next(stream)
-    stream.close()
+    with contextlib.closing(run.batches()) as stream:
+        batch = next(stream)
     images, labels, key = placed.put(batch.images), placed.put(batch.labels), run.keys.steps
     key = placed.replicate(key)
     started = time.perf_counter()
@@ -72,6 +66,19 @@ def dry_run(config: Config, options: Options) -> Cost:
     cost = Cost(parameters, temporary, compile_seconds, seconds, run.total_steps)
     print(_report(cost, config.step.batch_size, run.devices.total))
     return cost
+
+
+def _made_up(config: Config, options: Options) -> Source | None:
+    """Images in place of those that are not there and need not be; None to read the config's."""
+    try:
+        open_split(config.data, "train", options.data_dir)
+    except ValueError as error:
+        images = stand_in(check_config(config).data)
+        if images is None:
+            raise
+        print(f"images are made up, {images.size} of them: {error}")
+        return images
+    return None
 
 
 def _report(cost: Cost, batch_size: int, num_devices: int) -> str:

@@ -7,17 +7,15 @@ then run as one compiled loop, and the host sends nothing but the numbers of the
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nadaptor.data.loader import Batch, batches, part_of, prefetch, step_indices
-from nadaptor.parallel import STEP, place_step
+from nadaptor.data.loader import Batch, prefetch
 from nadaptor.training.run import Run
-from nadaptor.training.step import build_step
 
 # Of `resident_steps`, without its first argument: which arguments each device gets its part of.
 RESIDENT = (False, True, False, False, False, False)
@@ -47,7 +45,7 @@ def open_feed(run: Run, start_step: int) -> Iterator[Feed]:
     if run.resident:
         yield _resident(run, start_step)
         return
-    with contextlib.closing(_stream(run, start_step)) as stream:
+    with contextlib.closing(run.batches(start_step)) as stream:
         yield _streamed(run, start_step, stream)
 
 
@@ -108,7 +106,7 @@ def cut(start: int, total: int, *every: int) -> Iterator[range]:
 
 def _streamed(run: Run, start_step: int, stream: Iterator[Batch]) -> Feed:
     """One step at a time, its batch from the host."""
-    placed = place_step(_step(run), run.devices, run.config.step.parallel, STEP)
+    placed = run.placed
     key = placed.replicate(run.keys.steps)
     ready = prefetch(
         stream, lambda b: b._replace(images=placed.put(b.images), labels=placed.put(b.labels))
@@ -123,39 +121,18 @@ def _streamed(run: Run, start_step: int, stream: Iterator[Batch]) -> Feed:
 
 def _resident(run: Run, start_step: int) -> Feed:
     """All steps until the next snapshot as one program, its images on the devices."""
-    config, devices, size = run.config, run.devices, run.images.size
-    placed = place_step(_looped(_step(run)), devices, config.step.parallel, RESIDENT)
+    placed = run.place(_looped(run.step), RESIDENT)
     key = placed.replicate(run.keys.steps)
-    images, labels = (placed.replicate(x[:size]) for x in run.images.resident or ())
-    part = part_of(config.step.batch_size, devices.process_index, devices.process_count)
+    images, labels = (placed.replicate(x[: run.images.size]) for x in run.images.resident or ())
     lengths = run.epoch_steps, run.options.snapshot_steps or run.epoch_steps
 
     def advance(state: Any, steps: range) -> tuple[Any, Any]:
-        chosen = step_indices(size, config.seed, steps, config.step.batch_size)[:, part]
         padding = ((0, min(lengths) - len(steps)), (0, 0))
-        indices = placed.put(np.ascontiguousarray(np.pad(chosen, padding).T))
+        indices = placed.put(np.ascontiguousarray(np.pad(run.indices(steps), padding).T))
         count = placed.replicate(np.int32(len(steps)))
         return placed.step(state, indices, images, labels, count, key)
 
     return Feed(cut(start_step, run.total_steps, *lengths), advance, placed.replicate)
-
-
-def _stream(run: Run, start_step: int) -> Generator[Batch, None, None]:
-    """This process's part of the batches that are still to come."""
-    config, devices = run.config, run.devices
-    return batches(
-        run.images,
-        config.step.augmentation,
-        config.seed,
-        config.step.batch_size,
-        start_step=start_step,
-        process_index=devices.process_index,
-        process_count=devices.process_count,
-    )
-
-
-def _step(run: Run) -> Callable[..., tuple[Any, Any]]:
-    return build_step(run.config, run.images.spec, run.total_steps, run.devices.axis_name)
 
 
 # Cached, for jit to know the program again.

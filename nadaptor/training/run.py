@@ -1,24 +1,30 @@
-"""A run as it is set up: its config, its devices, its images and its step, before any training."""
+"""A run as it is set up: its config, its devices, its images and its step, before any training.
+
+It is built once; who trains, resumes or measures takes from it the placed step and the batches.
+"""
 
 import hashlib
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nadaptor._checks import check_count
 from nadaptor.configs.build import build_model, build_optimizer
 from nadaptor.configs.config import Config, check_config, to_json
 from nadaptor.data.augmentation import prepare_batch
-from nadaptor.data.loader import batches
+from nadaptor.data.loader import Batch, batches, part_of, step_indices
 from nadaptor.data.registry import open_split, steps_per_epoch
 from nadaptor.data.source import Source
-from nadaptor.parallel import Devices, check_batch, choose_devices
+from nadaptor.parallel import STEP, Devices, Placed, check_batch, choose_devices, place_step
 from nadaptor.training.options import Options
 from nadaptor.training.state import TrainState, init_state
+from nadaptor.training.step import build_step
 
 
 class Keys(NamedTuple):
@@ -41,6 +47,9 @@ class Run(NamedTuple):
     epoch_steps: int
     model: nn.Module  # for one device
     optimizer: optax.GradientTransformation
+    # (state, images as stored, labels, key) -> (state, metrics): pure, for this run's devices
+    step: Callable[..., tuple[Any, Any]]
+    placed: Placed  # the step on the devices
 
     @property
     def total_steps(self) -> int:
@@ -54,6 +63,38 @@ class Run(NamedTuple):
         return Keys(*jax.random.split(key, 3))
 
     @property
+    def part(self) -> slice:
+        """Which images of a batch are this process's."""
+        devices = self.devices
+        return part_of(
+            self.config.step.batch_size, devices.process_index, devices.process_count
+        )
+
+    def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Yields this process's part of the batches from a step on; close it to end its threads."""
+        devices = self.devices
+        return batches(
+            self.images,
+            self.config.step.augmentation,
+            self.config.seed,
+            self.config.step.batch_size,
+            start_step=start_step,
+            process_index=devices.process_index,
+            process_count=devices.process_count,
+        )
+
+    def indices(self, steps: range) -> np.ndarray:
+        """Returns which images make this process's part of some batches, [len(steps), B]."""
+        step = self.config.step
+        return step_indices(self.images.size, self.config.seed, steps, step.batch_size)[
+            :, self.part
+        ]
+
+    def place(self, program: Callable[..., tuple[Any, Any]], divided: Sequence[bool]) -> Placed:
+        """Returns a program on the run's devices; see `nadaptor.parallel.place_step`."""
+        return place_step(program, self.devices, self.config.step.parallel, divided)
+
+    @property
     def card(self) -> dict[str, Any]:
         """What a checkpoint says of its run, and what a resumed run must agree with."""
         data = {**self.images.identity, **self.images.spec._asdict()}
@@ -62,8 +103,13 @@ class Run(NamedTuple):
         return {"config": to_json(self.config), "data": data}
 
 
-def open_run(config: Config, options: Options) -> Run:
-    """Checks a config, and opens what its run reads.
+def open_run(config: Config, options: Options, images: Source | None = None) -> Run:
+    """Checks a config, opens what its run reads, and builds what it computes.
+
+    Args:
+        config: the run.
+        options: where to read and run.
+        images: to train and validate on; None for the config's.
 
     Raises:
         ValueError: a value is out of its range, a name unknown, the data set not there, the batch
@@ -75,18 +121,26 @@ def open_run(config: Config, options: Options) -> Run:
         check_count(options.snapshot_steps, "snapshot_steps")
     devices = choose_devices(options.num_devices)
     check_batch(config.step.batch_size, config.step.micro_batches, devices)
-    images = open_split(config.data, "train", options.data_dir)
+    validation = images
+    if images is None or validation is None:
+        images, validation = (
+            open_split(config.data, split, options.data_dir) for split in ("train", "validation")
+        )
     epoch_steps = steps_per_epoch(images.size, config.step.batch_size)
+    total_steps = config.epochs * epoch_steps
+    step = build_step(config, images.spec, total_steps, devices.axis_name)
     return Run(
         config,
         options,
         devices,
         images,
-        open_split(config.data, "validation", options.data_dir),
+        validation,
         _is_resident(options.resident, config, images, devices),
         epoch_steps,
         build_model(config, num_classes=images.spec.num_classes),
-        build_optimizer(config, config.epochs * epoch_steps),
+        build_optimizer(config, total_steps),
+        step,
+        place_step(step, devices, config.step.parallel, STEP),
     )
 
 

@@ -1,0 +1,129 @@
+"""What a run is asked for beside its config: weights from a file, the best epoch, a dry run."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
+from nadaptor.configs.config import replace
+from nadaptor.configs.named import get_config
+from nadaptor.data.registry import open_split
+from nadaptor.evaluation.measure import source_accuracy
+from nadaptor.parallel import choose_devices
+from nadaptor.training import loop, train
+from nadaptor.training.dry_run import dry_run
+from nadaptor.training.options import DEFAULT
+from nadaptor.training.run import first_state, open_run, read_weights
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The config of a full-precision network that trains in a moment."""
+    sizes = {"train_size": 64, "batch_size": 16, "epochs": 2, "learning_rate": 0.01}
+    changes = {"model": "digits_resnet8", "width": 4, "parent": None, "activation": "relu"}
+    return replace(get_config("digits_na"), name="small", **sizes, **changes)
+
+
+@pytest.fixture(scope="module")
+def done(small, tmp_path_factory):
+    """A trained network, and its weights as a file in torch's layout."""
+    workdir = tmp_path_factory.mktemp("options")
+    checkpoint = train(small, workdir)
+    variables, _ = load_checkpoint(checkpoint, "ann")
+    save_file(torch_layout(variables), workdir / "small.safetensors")
+    return workdir, variables
+
+
+def torch_layout(variables):
+    """Weights by torch's names, the inverse of what the reader does."""
+    leaves = {"scale": "weight", "kernel": "weight", "mean": "running_mean", "var": "running_var"}
+    state = {}
+    for path, leaf in traverse_util.flatten_dict(variables).items():
+        *place, name = path[1:]
+        module = ".".join(place).replace("_norm", "").replace("_", ".")
+        if place[-1].endswith("_norm"):
+            downsample = "downsample" in module
+            module = f"{module}.1" if downsample else module.replace("conv", "bn")
+        elif "downsample" in module:
+            module = f"{module}.0"
+        axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(np.ndim(leaf))
+        array = np.transpose(leaf, axes) if axes else leaf
+        state[f"{module}.{leaves.get(name, name)}"] = np.ascontiguousarray(array)
+    return state
+
+
+def from_file(workdir, **changes):
+    return dataclasses.replace(DEFAULT, init_from=workdir / "small.safetensors", **changes)
+
+
+def test_a_run_that_starts_from_a_file_has_its_weights_and_names_it(small, done):
+    workdir, variables = done
+    run = open_run(small, from_file(workdir))
+    weights, origin = read_weights(run, run.options.init_from)
+    state = first_state(run, weights)
+    jax.tree.map(np.testing.assert_array_equal, state.variables, variables)
+    assert origin["file"] == "small.safetensors"
+    child = replace(small, name="child", epochs=1, activation="lsq")
+    assert load_card(train(child, workdir, from_file(workdir)), "ann")["parent"] == origin
+
+
+def test_a_new_head_alone_starts_anew(small, done):
+    workdir, variables = done
+    run = open_run(replace(small, seed=5), from_file(workdir, new_head=True))
+    state = first_state(run, read_weights(run, run.options.init_from)[0])
+    params = dict(state.params)
+    head = params.pop("fc")
+    trained = {name: leaf for name, leaf in variables["params"].items() if name != "fc"}
+    jax.tree.map(np.testing.assert_array_equal, params, trained)
+    assert np.abs(head["kernel"] - variables["params"]["fc"]["kernel"]).max() > 0.01
+
+
+def test_an_evaluation_measures_the_file_or_the_finished_run(small, done):
+    workdir, variables = done
+    run = open_run(small, DEFAULT)
+    test = open_split(small.data, "test", None)
+    accuracy = source_accuracy(run.model, variables, test, choose_devices(1))
+    of_run = loop.evaluate(small, workdir)
+    assert of_run.accuracy == loop.evaluate(small, workdir, from_file(workdir)).accuracy == accuracy
+    assert (of_run.num_images, of_run.weights) == (test.size, workdir / "small" / "checkpoint")
+
+
+def test_the_best_epoch_is_handed_on_where_that_is_asked_for(small, tmp_path, monkeypatch):
+    for select, step in (("best", 4), ("last", 8)):
+        measured = iter((0.9, 0.4))
+        monkeypatch.setattr(loop, "source_accuracy", lambda *args, m=measured: next(m))
+        card = load_card(train(replace(small, name=select, select=select), tmp_path), "ann")
+        assert card["metrics"]["step"] == step
+        assert card["metrics"]["validation_accuracy"] == (0.9 if select == "best" else 0.4)
+    best, last = (load_card(tmp_path / n / "checkpoint", "ann") for n in ("best", "last"))
+    assert best["digests"] != last["digests"]
+
+
+def test_a_dry_run_says_what_the_run_costs_and_writes_nothing(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cost = dry_run(small, DEFAULT)
+    state = first_state(open_run(small, DEFAULT), None)
+    assert cost.parameters == sum(x.size for x in jax.tree.leaves(state.params))
+    assert cost.total_steps == 8
+    assert cost.step_seconds > 0
+    assert "8 steps would take" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_of_imagenet_needs_no_data_set(tmp_path, capsys):
+    small = {"model": "resnet18", "width": 2, "image_size": 32, "batch_size": 4, "parent": None}
+    config = replace(get_config("imagenet_resnet50_na_p3"), epochs=2, **small)
+    options = dataclasses.replace(DEFAULT, data_dir=tmp_path)
+    cost = dry_run(config, options)
+    assert cost.total_steps == 2 * ((1_281_167 - 10_000) // 4)
+    out = capsys.readouterr().out
+    assert re.search(r"made up, 1271167 of them: no prepared data set 'imagenet2012'", out)
+    with pytest.raises(ValueError, match="no prepared data set 'other'"):
+        dry_run(replace(config, dataset="other"), options)
