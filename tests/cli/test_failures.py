@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nadaptor.cli.command import run_door
+from nadaptor.cli.command import run_command
 from nadaptor.configs.config import check_config, fields_of, make_config
 from nadaptor.configs.named import get_config
 
@@ -21,7 +21,7 @@ def ended(capsys, monkeypatch):
 
     def run(main):
         with pytest.raises(SystemExit) as end:
-            run_door(main)
+            run_command(lambda _: main())
         return end.value.code, capsys.readouterr().err.splitlines()
 
     return run
@@ -57,8 +57,8 @@ def test_ctrl_c_is_one_line(ended):
 
 def test_a_reader_that_has_seen_enough_is_no_failure():
     program = (
-        "from nadaptor.cli.command import run_door\n"
-        "run_door(lambda: [print('line', i, flush=True) for i in range(100000)])"
+        "from nadaptor.cli.command import run_command\n"
+        "run_command(lambda _: [print('line', i, flush=True) for i in range(100000)])"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program]
