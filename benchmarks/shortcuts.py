@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import nadaptor
 from benchmarks.networks import Network, load
 from benchmarks.timing import compiled, in_turn, median, ratio
+from nadaptor._execution.steps import run_chunk
 from nadaptor._files import write_csv, write_json
 from nadaptor._provenance import provenance
 from nadaptor.early_exit import early_exit, simulate_with_early_exit
 from nadaptor.reports.tables import markdown
-from nadaptor.simulation import run_chunk, start_carry
+from nadaptor.simulation import start_carry
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -2,7 +2,7 @@
 
 from nadaptor._execution.conv_gradient import conv_general_dilated
 from nadaptor.corrections import OffsetSpikes, Srp
-from nadaptor.neurons import IntegrateAndFire, SignedIntegrateAndFire
+from nadaptor.neurons import IntegrateAndFire, SignedIntegrateAndFire, StBif
 from nadaptor.quantization import quantize
 from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
 from nadaptor.simulation import Simulation, simulate
@@ -15,6 +15,7 @@ __all__ = [
     "Simulation",
     "SpikingNetwork",
     "Srp",
+    "StBif",
     "clipped_relu",
     "conv_general_dilated",
     "lsq",

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
-from nadaptor.neurons import IntegrateAndFire, Neuron
+from nadaptor.neurons import Coding, Neuron
 from nadaptor.quantizers import round_half_up
-from nadaptor.simulation import Correction, Simulation
+from nadaptor.simulation import Correction, Simulation, start_carry
 from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 
 Reference = Literal["rounded", "clipped"]
@@ -49,13 +49,15 @@ def layer_errors(
     *args: Any,
     num_steps: int,
     reference: Reference = "rounded",
-    neuron: Neuron = IntegrateAndFire(),
+    neuron: Neuron | None = None,
+    coding: Coding = "rate",
     correction: Correction | None = None,
 ) -> dict[str, jax.Array]:
     """Measures how far each layer's time-averaged spikes are from the activations they stand for.
 
     With r = (spikes minus negative spikes)/T a neuron's rate and q = a/th the activation of the
     network without spikes, both as shares of the threshold, the error of a layer is `mean|r - q|`.
+    With sum coding r is (spikes minus negative spikes)/p.
     Where the list first grows is where the conversion loses the network.
 
     Args:
@@ -66,6 +68,7 @@ def layer_errors(
             and the noise adaptor; "clipped" with clip(x, 0, p), their limit over time and the
             activation of `clipped_relu`.
         neuron: as in `nadaptor.simulate`.
+        coding: as in `nadaptor.simulate`.
         correction: as in `nadaptor.simulate`.
 
     Returns:
@@ -83,7 +86,7 @@ def layer_errors(
     """
     if reference not in ("rounded", "clipped"):
         raise ValueError(f"reference must be 'rounded' or 'clipped', not {reference!r}")
-    net = spiking(f, *args, neuron=neuron)
+    net = spiking(f, *args, neuron=neuron, coding=coding)
     prepared = net.prepare(*args)
     wanted = analog_activations(net, prepared, reference)
     rates = _rates(net, prepared, check_count(num_steps, "num_steps"), correction)
@@ -118,19 +121,20 @@ def analog_activations(
 def _rates(
     net: SpikingNetwork, prepared: Prepared, num_steps: int, correction: Correction | None
 ) -> list[jax.Array]:
-    """Mean output of every neuron over T steps, in units of its threshold, signs included."""
-    state = net.shard(correction.start(net, prepared)) if correction else net.init(prepared)
+    """What every neuron has sent after T steps as a fraction of its threshold, signs included."""
+    state = start_carry(net, prepared, correction).state
     totals = net.shard([jnp.zeros(layer.shape, jnp.float32) for layer in net.layers])
+    sums = net.coding == "sum"
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         state, totals = carry
 
         def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
             after, out = net.neuron.step(state[i], x, net.layers[i].threshold)
-            return (after, totals[i] + out), out
+            return (after, out if sums else totals[i] + out), out
 
         return tuple(zip(*net.propagate(prepared, fire)[0], strict=True)), None
 
     (_, totals), _ = jax.lax.scan(step, (state, totals), length=num_steps)
     pairs = zip(totals, net.layers, strict=True)
-    return [total / (num_steps * layer.threshold) for total, layer in pairs]
+    return [total / ((1 if sums else num_steps) * layer.threshold) for total, layer in pairs]

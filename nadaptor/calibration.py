@@ -61,8 +61,13 @@ class Calibration(NamedTuple):
             with it as with any.
 
         Raises:
-            ValueError: the network has another number of layers.
+            ValueError: the network has another number of layers, or sum coding.
         """
+        if net.coding == "sum":
+            raise ValueError(
+                "a calibration sets thresholds for rates, and sum coding counts the quantizer's "
+                'levels; convert with coding="rate", or calibrate the scales of the quantizers'
+            )
         if len(net.layers) != len(self.thresholds):
             raise ValueError(
                 f"the calibration is of {len(self.thresholds)} layers and the network has "

@@ -12,15 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
-from nadaptor.neurons import IntegrateAndFire, Neuron
-from nadaptor.simulation import (
-    Carry,
-    Correction,
-    Sizes,
-    run_chunk,
-    run_in_tiles,
-    start_carry,
-)
+from nadaptor._execution.steps import Carry, run_chunk
+from nadaptor.neurons import Coding, Neuron
+from nadaptor.simulation import Correction, Sizes, run_in_tiles, start_carry
 from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 
 # Of both fields: the examples.
@@ -82,7 +76,8 @@ def simulate_with_early_exit(
     num_steps: int,
     confidence: float,
     in_axes: int | Sequence[Any] | None = None,
-    neuron: Neuron = IntegrateAndFire(),
+    neuron: Neuron | None = None,
+    coding: Coding = "rate",
     correction: Correction | None = None,
     steps_per_chunk: int | None = None,
     tile_size: int | None = None,
@@ -101,6 +96,8 @@ def simulate_with_early_exit(
         in_axes: as for `nadaptor.simulate`: without it the whole batch runs until its last example
             stops.
         neuron: as for `nadaptor.simulate`.
+        coding: as for `nadaptor.simulate`. With sum coding a tile stops, too, once no neuron in it
+            fires any more.
         correction: as for `nadaptor.simulate`; its steps are run for all and not counted.
         steps_per_chunk: as for `nadaptor.simulate`.
         tile_size: as for `nadaptor.simulate`.
@@ -144,7 +141,9 @@ def simulate_with_early_exit(
         )
         return exits
 
-    convert = functools.partial(spiking, f, neuron=neuron, fast_convolution=fast_convolution)
+    convert = functools.partial(
+        spiking, f, neuron=neuron, coding=coding, fast_convolution=fast_convolution
+    )
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
     found = run_in_tiles(run, convert, args, in_axes, sizes, lambda *_: EarlyExit(*_AXES))
     return jax.tree.map(lambda x: x[None], found)

@@ -6,8 +6,9 @@ exactly, ties included, which in units of the input or of the threshold it does 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,20 @@ import jax.numpy as jnp
 Threshold = int | jax.Array
 """The threshold in units of the scale; an array where a calibration has set it."""
 
+Coding = Literal["rate", "sum"]
+"""How spikes carry a number: by their mean over the steps, or by their sum."""
+
 State = Any
 """Whatever a neuron carries from one time step to the next: a pytree of arrays."""
 
 
 class Neuron(Protocol):
-    """What the simulator asks of a neuron; write your own with these two functions."""
+    """What the simulator asks of a neuron; write your own with these two functions.
+
+    A neuron for sum coding has `coding = "sum"` in its class, and knows totals only: x is what has
+    arrived in all steps so far, and the output what has been sent in all of them, of which a spike
+    is 1, the scale.
+    """
 
     def init(self, shape: tuple[int, ...], threshold: Threshold, start: float | jax.Array) -> State:
         """Returns the state before the first step, its potential `start` broadcast to `shape`."""
@@ -118,6 +127,63 @@ class SignedIntegrateAndFire:
         return SignedState(u + threshold * back, net - back), threshold * (spikes - back)
 
 
+class Count(NamedTuple):
+    """State of `StBif`."""
+
+    sent: jax.Array  # float32, spikes minus negative spikes so far
+    start: jax.Array  # float32 scalar, what rounds: half a level for a quantizer to the nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class StBif:
+    """The neuron of sum coding: moves its count of spikes to the quantized total, one a step.
+
+    With x the total of what has arrived so far, in units of the scale, and c the spikes minus the
+    negative spikes sent so far, it sends `z = clip(q(x) - c, -1, 1)`, where q is the quantizer's
+    own rounding and clip. That is integrate-and-fire with a threshold of one level, which sends a
+    spike where the potential `x - c + 1/2` is 1 or more and c < p, and takes one back where it is
+    below 0 and c > 0. Once x stands still it falls silent at c = q(x), after p steps at the latest.
+
+    Attributes:
+        surrogate: derivative that stands in for that of a spike in a backward pass, as a function
+            of the distance to the nearer threshold, in levels. `rectangle` gives a settled network
+            the gradient of the quantized one. None leaves the true derivative, which is zero.
+
+    Example:
+        >>> neuron = StBif()
+        >>> state, sent = neuron.init((), threshold=4, start=2.0), []
+        >>> for total in (2.2, 2.2, 0.9, 0.9):
+        ...     state, out = neuron.step(state, jnp.float32(total), threshold=4)
+        ...     sent.append(float(out))
+        >>> sent
+        [1.0, 2.0, 1.0, 1.0]
+
+    Source: You et al., SpikeZIP-TF: conversion is all you need for transformer-based SNN, 2024.
+    """
+
+    surrogate: Callable[[jax.Array], jax.Array] | None = None
+    coding: ClassVar[Coding] = "sum"
+
+    def init(self, shape: tuple[int, ...], threshold: Threshold, start: float | jax.Array) -> Count:
+        """Returns the state before the first step: no spikes."""
+        return Count(jnp.zeros(shape, jnp.float32), jnp.float32(start / threshold))
+
+    def step(
+        self, state: Count, x: jax.Array, threshold: Threshold
+    ) -> tuple[Count, jax.Array]:
+        """Takes the total of all steps so far; returns the total of spikes sent, in levels."""
+        # A bound that no x reaches, as in `summable`: it keeps the compiler from rounding once,
+        # with a product before it, where the quantizer rounds twice.
+        u = jnp.maximum(x, -(2.0**30)) + state.start
+        wanted = jnp.clip(jnp.floor(u), 0, threshold)
+        spikes = jax.lax.stop_gradient(jnp.clip(wanted - state.sent, -1, 1))
+        if self.surrogate is not None:
+            bounds = (state.sent < threshold, state.sent > 0)
+            spikes = _sent_with_derivative(self.surrogate, u - state.sent, spikes, *bounds)
+        sent = state.sent + spikes
+        return Count(sent, state.start), sent
+
+
 def fire(
     u: jax.Array, threshold: Threshold, surrogate: Callable[[jax.Array], jax.Array] | None = None
 ) -> jax.Array:
@@ -178,3 +244,18 @@ def _with_derivative(surrogate: Callable) -> Callable:
         return spikes, surrogate(distance) * tangents[0]
 
     return replaced
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sent_with_derivative(
+    surrogate: Callable, u: jax.Array, spikes: jax.Array, more: jax.Array, fewer: jax.Array
+) -> jax.Array:
+    """The spikes of `StBif`; it can send one where there may be `more`, or a negative one."""
+    return spikes
+
+
+@_sent_with_derivative.defjvp
+def _sent_jvp(surrogate: Callable, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    u, spikes, more, fewer = primals
+    slope = jnp.maximum(more * surrogate(u - 1), fewer * surrogate(-u))
+    return spikes, slope * tangents[0]

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from nadaptor._checks import check_count
 from nadaptor._execution.placement import shard_like
 from nadaptor._execution.shards import in_shards
+from nadaptor._execution.steps import Carry, last_spike, run_chunk
+from nadaptor._execution.sums import nothing_sent
 from nadaptor._execution.tiles import (
     SHARED,
     batch_axis,
@@ -23,7 +25,7 @@ from nadaptor._execution.tiles import (
     in_tiles,
     merge_axes,
 )
-from nadaptor.neurons import IntegrateAndFire, Neuron, State
+from nadaptor.neurons import Coding, Neuron, State
 from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 
 R = TypeVar("R")
@@ -42,9 +44,15 @@ class Correction(Protocol):
 class Simulation(NamedTuple):
     """What a simulation of T steps gives."""
 
-    outputs: Any  # pytree of [T, ...]: at index t - 1, the mean of the outputs of steps 1 to t
+    # A pytree of [T, ...]. At index t - 1: the mean of the outputs of steps 1 to t, and with sum
+    # coding the output for the sums of the spikes of steps 1 to t.
+    outputs: Any
     spike_counts: tuple[jax.Array, ...]  # a layer: int32, spikes of each neuron in T steps
     total_steps: int | jax.Array  # T, and the steps that the correction spent
+    # With sum coding only: those of `spike_counts` that are negative, and the last step at which
+    # any neuron sent one; where that is below T, the outputs are the quantized network's.
+    negative_counts: tuple[jax.Array, ...] | None = None
+    settled: jax.Array | None = None
 
 
 class Sizes(NamedTuple):
@@ -55,20 +63,12 @@ class Sizes(NamedTuple):
     tile_size: int | None
 
 
-class Carry(NamedTuple):
-    """What goes from one chunk of steps to the next."""
-
-    state: tuple[State, ...]
-    total: Any
-    counts: tuple[jax.Array, ...]
-    time: jax.Array
-
-
 def simulate(
     f: Callable[..., Any],
     *args: Any,
     num_steps: int,
-    neuron: Neuron = IntegrateAndFire(),
+    neuron: Neuron | None = None,
+    coding: Coding = "rate",
     correction: Correction | None = None,
     steps_per_chunk: int | None = None,
     in_axes: int | Sequence[Any] | None = None,
@@ -79,15 +79,18 @@ def simulate(
     """Simulates a function with quantized activations as a spiking network over T time steps.
 
     The analog input is the same at every step, and the output at step t is the mean over the steps
-    so far. A call traces `f` anew: for speed, `jax.jit` the function that calls it, once for each
-    shape.
+    so far. With sum coding it is what `f` makes of the sums of all spikes so far; once no neuron
+    fires any more the network is the quantized one, and the steps left over are not run. A call
+    traces `f` anew: for speed, `jax.jit` the function that calls it, once for each shape.
 
     Args:
         f: function whose activations are quantizers of `nadaptor`; see `nadaptor.spiking`.
         *args: its arguments, pytrees of arrays.
         num_steps: T, the number of time steps.
-        neuron: the neuron of all layers.
-        correction: prepares the start state, such as `OffsetSpikes` or `Srp`; None for none.
+        neuron: the neuron of all layers; None for the one of the coding.
+        coding: how spikes carry a number, "rate" or "sum"; see `nadaptor.spiking`.
+        correction: prepares the start state, such as `OffsetSpikes` or `Srp`; None for none. They
+            are made for rates.
         steps_per_chunk: K, the steps folded into one evaluation of the operations between
             neurons; None for 1, and with `in_axes` for a number that suits the machine. T need not
             be a multiple. The result is the same up to the rounding of sums that XLA regroups.
@@ -102,13 +105,13 @@ def simulate(
         fast_convolution: as in `nadaptor.spiking`: faster on a CPU, and a few spikes may flip.
 
     Returns:
-        A `Simulation`: running means `outputs` with time as the leading axis, `spike_counts` and
-        `total_steps`.
+        A `Simulation`: `outputs` with time as the leading axis, `spike_counts` and `total_steps`,
+        and with sum coding `negative_counts` and `settled`.
 
     Raises:
         ValueError: a count is not a positive int, `tile_size` or `devices` is given without
-            `in_axes`, the examples do not divide by the devices, or `f` cannot be converted (see
-            `nadaptor.spiking`).
+            `in_axes`, the examples do not divide by the devices, there is a correction with sum
+            coding, or `f` cannot be converted (see `nadaptor.spiking`).
 
     Example:
         >>> import nadaptor
@@ -116,31 +119,41 @@ def simulate(
         >>> sim = nadaptor.simulate(f, jnp.array([0.2, 0.6, 2.0]), num_steps=4)
         >>> sim.outputs[3], sim.spike_counts
         (Array([0.25, 0.5 , 1.  ], dtype=float32), (Array([1, 2, 4], dtype=int32),))
+        >>> sim = nadaptor.simulate(f, jnp.array([0.2, 0.6, 2.0]), num_steps=4, coding="sum")
+        >>> sim.outputs[3], sim.settled.item()
+        (Array([0. , 0.5, 1. ], dtype=float32), 2)
 
-    Source: Noise Adaptor, Eq. 1, 2 and section 5.1.
+    Source: Noise Adaptor, Eq. 1, 2 and section 5.1; You et al., 2024 (sum coding).
     """
     num_steps = check_count(num_steps, "num_steps")
 
     def run(net: SpikingNetwork, prepared: Prepared, chunk: int) -> Simulation:
-        return run_network(net, prepared, num_steps, chunk, correction)
+        sim = run_network(net, prepared, num_steps, chunk, correction)
+        return sim if sim.settled is None else sim._replace(settled=sim.settled[None])
 
-    convert = functools.partial(spiking, f, neuron=neuron, fast_convolution=fast_convolution)
+    convert = functools.partial(
+        spiking, f, neuron=neuron, coding=coding, fast_convolution=fast_convolution
+    )
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
 
     def out_axes(whole: SpikingNetwork, part: SpikingNetwork) -> Any:
         pairs = zip(part.layers, whole.layers, strict=True)
-        return Simulation(1, tuple(batch_axis(a.shape, b.shape) for a, b in pairs), SHARED)
+        axes = Simulation(1, tuple(batch_axis(a.shape, b.shape) for a, b in pairs), SHARED)
+        sums = axes._replace(negative_counts=axes.spike_counts, settled=0)
+        return sums if coding == "sum" else axes
 
     def run_part(*args: Any) -> Simulation:
         return run_in_tiles(run, convert, args, in_axes, sizes, out_axes)
 
     if devices is None:
-        return run_part(*args)
+        return _together(run_part(*args))
     _check_independent("devices", list(devices), in_axes)
     axes, number = example_axes(in_axes, args)
     net = convert(*args)
-    return in_shards(
-        run_part, args, axes, number, devices, lambda *part: out_axes(net, convert(*part))
+    return _together(
+        in_shards(
+            run_part, args, axes, number, devices, lambda *part: out_axes(net, convert(*part))
+        )
     )
 
 
@@ -221,44 +234,36 @@ def run_network(
         carry, last = run_chunk(net, prepared, carry, rest)
         outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, last)
     spent = num_steps + (correction.num_steps if correction else 0)
-    return Simulation(outputs, carry.counts, spent)
+    if net.coding == "rate":
+        return Simulation(outputs, carry.counts, spent)
+    counts = tuple(sent.positive + sent.negative for sent in carry.counts)
+    negative = tuple(sent.negative for sent in carry.counts)
+    return Simulation(outputs, counts, spent, negative, last_spike(carry))
 
 
 def start_carry(net: SpikingNetwork, prepared: Prepared, correction: Correction | None) -> Carry:
     """Returns what the first chunk begins with; the steps of the correction are run here."""
+    if net.coding == "sum" and correction:
+        raise ValueError(
+            f"{correction} corrects rates, and sum coding ends at the quantized network without "
+            "it; pass correction=None"
+        )
     state = net.shard(correction.start(net, prepared)) if correction else net.init(prepared)
     out = jax.eval_shape(lambda *args: net.step(*args), state, prepared)[1]
 
     def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return shard_like(jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), x)
+        dtype = x.dtype if net.coding == "sum" else jnp.promote_types(x.dtype, jnp.float32)
+        return shard_like(jnp.zeros(x.shape, dtype), x)
 
-    counts = net.shard([jnp.zeros(layer.shape, jnp.int32) for layer in net.layers])
+    shapes = [layer.shape for layer in net.layers]
+    none = [nothing_sent(x) if net.coding == "sum" else jnp.zeros(x, jnp.int32) for x in shapes]
+    counts = net.shard(none)
     return Carry(state, jax.tree.map(zeros, out), counts, jnp.int32(0))
 
 
-def run_chunk(
-    net: SpikingNetwork, prepared: Prepared, carry: Carry, size: int
-) -> tuple[Carry, Any]:
-    """Runs `size` steps together; returns the new carry and the running mean at each of them."""
-
-    def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
-        threshold = net.layers[i].threshold
-        state, out = jax.lax.scan(
-            lambda s, current: net.neuron.step(s, current, threshold),
-            carry.state[i],
-            x,
-            unroll=size <= 8,
-        )
-        # XLA may divide by a constant through its reciprocal: 21 / 7 need not be 3.
-        spikes = jnp.round(jnp.abs(out).sum(0) / threshold).astype(jnp.int32)
-        return (state, carry.counts[i] + spikes), out
-
-    kept, out = net.propagate(prepared, fire, steps=size)
-    state, counts = zip(*kept, strict=True)
-    total, sums = jax.lax.scan(_add, carry.total, out)
-    steps = carry.time + 1 + jnp.arange(size)
-    means = jax.tree.map(lambda x: x / steps.reshape(-1, *[1] * (x.ndim - 1)), sums)
-    return Carry(state, total, counts, carry.time + size), means
+def _together(sim: Simulation) -> Simulation:
+    """The parts of a batch have settled when the last has."""
+    return sim if sim.settled is None else sim._replace(settled=sim.settled.max())
 
 
 def _check_independent(name: str, value: Any, in_axes: Any) -> None:
@@ -267,8 +272,3 @@ def _check_independent(name: str, value: Any, in_axes: Any) -> None:
             f"{name}={value} needs in_axes, as in jax.vmap, to say which axes of the arguments "
             "hold independent examples; for f(params, images): in_axes=(None, 0)"
         )
-
-
-def _add(total: Any, out: Any) -> tuple[Any, Any]:
-    total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out)
-    return total, total

@@ -18,14 +18,15 @@ from jax.extend.core import Literal
 
 from nadaptor._execution.convolution import faster_convolution
 from nadaptor._execution.placement import shard_like
-from nadaptor._jaxpr.affine import check_affine, check_no_inner_mark, check_not_random
 from nadaptor._jaxpr.places import layer_name
+from nadaptor._jaxpr.plan import Plan, check_outputs, plan
 from nadaptor._jaxpr.summable import summable
 from nadaptor._jaxpr.trace import Atom, Op, Trace, reached, trace, variables
-from nadaptor.neurons import IntegrateAndFire, Neuron, State, Threshold
+from nadaptor.neurons import Coding, IntegrateAndFire, Neuron, State, StBif, Threshold
 
 Prepared = tuple[jax.Array, ...]
 Activate = Callable[[int, jax.Array], tuple[Any, jax.Array]]
+_NEURONS: dict[str, Neuron] = {"rate": IntegrateAndFire(), "sum": StBif()}
 
 
 class Layer(NamedTuple):
@@ -48,13 +49,17 @@ class SpikingNetwork:
 
     layers: tuple[Layer, ...]
     neuron: Neuron
+    coding: Coding
     _trace: Trace = dataclasses.field(repr=False)
-    _static: tuple[Op, ...] = dataclasses.field(repr=False)
-    _spiking: tuple[Op, ...] = dataclasses.field(repr=False)
-    _boundary: tuple[int, ...] = dataclasses.field(repr=False)
+    _plan: Plan = dataclasses.field(repr=False)
     _in_avals: tuple[Any, ...] = dataclasses.field(repr=False)
     _in_tree: Any = dataclasses.field(repr=False)
     _out_tree: Any = dataclasses.field(repr=False)
+
+    @property
+    def communicates(self) -> bool:
+        """Whether devices wait for each other at every step, as for a `psum` of spikes."""
+        return self._plan.communicates
 
     def prepare(self, *args: Any, shared: Mapping[int, jax.Array] | None = None) -> Prepared:
         """Evaluates the static part, once for all time steps.
@@ -72,8 +77,8 @@ class SpikingNetwork:
         leaves = self._check_arguments(args)
         values = {**self._trace.consts, **dict(zip(self._trace.inputs, leaves, strict=True))}
         values.update(shared or {})
-        _evaluate([op for op in self._static if op.outputs[0] not in values], values)
-        return tuple(jnp.asarray(values[i]) for i in self._boundary)
+        _evaluate([op for op in self._plan.static if op.outputs[0] not in values], values)
+        return tuple(jnp.asarray(values[i]) for i in self._plan.boundary)
 
     def prepare_shared(self, args: tuple[Any, ...], varying: Sequence[bool]) -> dict[int, Any]:
         """Evaluates what of the static part depends on some arguments alone, such as the weights.
@@ -90,7 +95,7 @@ class SpikingNetwork:
         known = {**self._trace.consts, **{i: leaf for i, leaf, varies in inputs if not varies}}
         shared: list[Op] = []
         available = set(known)
-        for op in self._static:
+        for op in self._plan.static:
             if available.issuperset(variables(op.inputs)):
                 shared.append(op)
                 available.update(op.outputs)
@@ -109,7 +114,7 @@ class SpikingNetwork:
         What a scan carries has to begin where it ends: on an explicit mesh with the layer's
         sharding, and inside `shard_map` with the axes along which the layer varies.
         """
-        avals = [op.avals[0] for op in self._spiking if op.mark is not None]
+        avals = [op.avals[0] for op in self._plan.stepwise if op.mark is not None]
         return tuple(
             jax.tree.map(functools.partial(shard_like, like=aval), entry)
             for entry, aval in zip(entries, avals, strict=True)
@@ -124,7 +129,8 @@ class SpikingNetwork:
 
         Returns:
             The new state, and the function's output for this step's spikes: the network's output
-            after t steps is the mean of the outputs so far.
+            after t steps is the mean of the outputs so far. With sum coding it is the function's
+            output for all spikes so far, which is the network's output.
         """
         return self.propagate(
             prepared, lambda i, x: self.neuron.step(state[i], x, self.layers[i].threshold)
@@ -146,16 +152,17 @@ class SpikingNetwork:
         Returns:
             What was kept, one entry for each layer, and the function's output.
         """
-        values = dict(zip(self._boundary, prepared, strict=True))
+        values = dict(zip(self._plan.boundary, prepared, strict=True))
         layers, kept = enumerate(self.layers), []
-        for op in self._spiking:
+        for op in self._plan.stepwise:
             operands = [_read(values, atom) for atom in op.inputs]
             axes = [0 if spikes else None for spikes in reached(self._trace.spiking, op.inputs)]
             if op.mark is not None:
                 i, layer = next(layers)
-                keep, out = _activate(activate, i, operands[0], layer, steps)
+                current = _current(operands[0], layer, steps, self.coding)
+                keep, out = activate(i, current)
                 kept.append(keep)
-                outputs = [out]
+                outputs = [out.astype(operands[0].dtype)]
             elif steps is None:
                 outputs = op.bind(*operands)
             else:
@@ -186,7 +193,8 @@ class SpikingNetwork:
 def spiking(
     f: Callable[..., Any],
     *args: Any,
-    neuron: Neuron = IntegrateAndFire(),
+    neuron: Neuron | None = None,
+    coding: Coding = "rate",
     fast_convolution: bool = False,
 ) -> SpikingNetwork:
     """Turns a function with quantized activations into a spiking network (section 2.3, Eq. 6).
@@ -196,10 +204,16 @@ def spiking(
     looked through, and a `lax.scan` over layers is unrolled. A call traces `f` anew: for speed,
     `jax.jit` the function that calls it.
 
+    Spikes carry a number by their mean over the steps ("rate": every operation between two neurons
+    has to be affine) or by their sum ("sum": any operation will do, and after some steps the
+    network is the quantized one exactly).
+
     Args:
         f: any JAX function, with any pytrees of arrays as arguments and result.
         *args: arguments of `f`, arrays or `jax.ShapeDtypeStruct`s, as for `jax.make_jaxpr`.
-        neuron: the neuron to use in all layers.
+        neuron: the neuron to use in all layers; None for the one of the coding,
+            `IntegrateAndFire()` or `StBif()`.
+        coding: "rate", or "sum".
         fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 32 channels or
             more and 8 pixels or larger, go through Winograd's F(4x4, 3x3) or F(4, 3). It is faster
             on a CPU, and less exact: a few spikes may flip.
@@ -211,7 +225,8 @@ def spiking(
         ValueError: the function cannot be converted. The message names the operation, the line of
             the user's code and the remedy: an operation on spikes that is not affine, an output
             that no spike reaches, random numbers drawn outside a quantizer, a quantizer inside a
-            `while`, `cond`, `shard_map` or `pmap`, or no quantizer at all.
+            `while`, `cond`, `shard_map` or `pmap`, no quantizer at all, or with sum coding a neuron
+            made for rates or more levels than float32 counts.
 
     Example:
         >>> import nadaptor
@@ -232,17 +247,16 @@ def spiking(
     traced = trace(
         closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, fast_convolution)
     )
-    static, spiking_ops = _split(traced)
-    _check_outputs(traced, jax.tree.leaves_with_path(shapes))
-    made = {i for op in spiking_ops for i in op.outputs}
-    read = {i for op in spiking_ops for i in variables(op.inputs)}
+    parts = plan(traced, coding)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shapes)]
+    check_outputs(traced, zip(traced.outputs, names, strict=True))
+    layers = _layers(parts.stepwise)
     return SpikingNetwork(
-        layers=_layers(spiking_ops),
-        neuron=neuron,
+        layers=layers,
+        neuron=_fitting(neuron, coding, layers),
+        coding=coding,
         _trace=traced,
-        _static=static,
-        _spiking=spiking_ops,
-        _boundary=tuple(sorted(read - made)),
+        _plan=parts,
         _in_avals=tuple(closed.in_avals),
         _in_tree=jax.tree.structure(args),
         _out_tree=jax.tree.structure(shapes),
@@ -256,36 +270,24 @@ def _evaluate(ops: Sequence[Op], values: dict[int, Any]) -> None:
         values.update(zip(op.outputs, outputs, strict=True))
 
 
-def _split(traced: Trace) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
-    """Parts the operations into those that no spike reaches and the others, checking both."""
-    static, spiking_ops = [], []
-    for op in traced.ops:
-        spikes = reached(traced.spiking, op.inputs)
-        if op.mark is not None:
-            spiking_ops.append(op)
-        elif any(spikes):
-            check_affine(op, spikes)
-            spiking_ops.append(op)
-        else:
-            check_no_inner_mark(op)
-            check_not_random(op)
-            static.append(op)
-    return tuple(static), tuple(spiking_ops)
-
-
-def _check_outputs(traced: Trace, outputs: list[Any]) -> None:
-    if not any(op.mark for op in traced.ops):
+def _fitting(neuron: Neuron | None, coding: Coding, layers: Sequence[Layer]) -> Neuron:
+    """The neuron of all layers, checked against the coding."""
+    if coding not in _NEURONS:
+        raise ValueError(f"coding must be 'rate' or 'sum', not {coding!r}")
+    neuron = _NEURONS[coding] if neuron is None else neuron
+    own = getattr(neuron, "coding", "rate")
+    if own != coding:
         raise ValueError(
-            "cannot convert to spikes: no output of the function depends on a quantized "
-            "activation, so nothing would spike; use nadaptor.lsq or another quantizer in it"
+            f"{type(neuron).__name__} is a neuron for {own} coding; with coding={coding!r} use "
+            f"neuron={_NEURONS[coding]}, or one of your own whose class says coding = {coding!r}"
         )
-    for spikes, (path, _) in zip(reached(traced.spiking, traced.outputs), outputs, strict=True):
-        if not spikes:
-            name = jax.tree_util.keystr(path) or "the output"
+    for layer in layers:
+        if coding == "sum" and layer.threshold >= 2**24:
             raise ValueError(
-                f"cannot convert to spikes: no spike reaches {name} of the function's result; "
-                "return only what depends on quantized activations"
+                f"layer {layer.name} at {layer.source} has {layer.threshold} levels, and float32 "
+                "counts to 2**24 only; use fewer levels"
             )
+    return neuron
 
 
 def _layers(spiking_ops: Sequence[Op]) -> tuple[Layer, ...]:
@@ -300,19 +302,16 @@ def _layers(spiking_ops: Sequence[Op]) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def _activate(
-    activate: Activate, i: int, x: jax.Array, layer: Layer, steps: int | None
-) -> tuple[Any, jax.Array]:
-    """Calls `activate` on a layer's input; a static input is the same current at every step."""
+def _current(x: jax.Array, layer: Layer, steps: int | None, coding: Coding) -> jax.Array:
+    """What a layer of neurons takes in; a static x is the same at every step."""
     shape = layer.shape if steps is None else (steps, *layer.shape)
     current = jnp.broadcast_to(x, shape).astype(jnp.float32)
     if layer.bias is not None:
         current = current + layer.bias
-    # The threshold of a calibrated layer is an array, and off every grid.
-    if isinstance(layer.threshold, int):
-        current = summable(current, layer.threshold)
-    keep, out = activate(i, current)
-    return keep, out.astype(x.dtype)
+    # A total is rounded as the quantizer does it; the threshold of a calibrated layer is an array,
+    # and off every grid.
+    exact = coding == "rate" and isinstance(layer.threshold, int)
+    return summable(current, layer.threshold) if exact else current
 
 
 def _read(values: dict[int, Any], atom: Atom) -> Any:

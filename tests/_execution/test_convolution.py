@@ -47,7 +47,7 @@ def arguments(dims, size, inputs, outputs):
 
 def operations(f, *args, name="conv_general_dilated", **options):
     net = nadaptor.spiking(f, *args, **options)
-    return [op for op in net._spiking if op.primitive.name == name]
+    return [op for op in net._plan.stepwise if op.primitive.name == name]
 
 
 @pytest.mark.parametrize("channels", [32, 128], ids=["along the height", "along both"])

@@ -1,0 +1,125 @@
+"""Some time steps of a spiking network at once, in either coding.
+
+The operations between neurons run on the spikes of K steps together, and the neurons go through
+them one by one. With rates the outputs of the steps are averaged; with sums they are what they are,
+and steps in which no neuron would fire are not run.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from nadaptor._execution.sums import add_steps
+from nadaptor.neurons import Coding, Neuron, State
+
+
+class Network(Protocol):
+    """What is asked of a network here: `nadaptor.SpikingNetwork` is one."""
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """The layers of neurons, each with a `threshold`."""
+        ...
+
+    @property
+    def neuron(self) -> Neuron:
+        """The neuron of all layers."""
+        ...
+
+    @property
+    def coding(self) -> Coding:
+        """How spikes carry a number."""
+        ...
+
+    @property
+    def communicates(self) -> bool:
+        """Whether devices wait for each other at every step."""
+        ...
+
+    def propagate(
+        self, prepared: Any, activate: Callable[..., Any], steps: int | None = None
+    ) -> tuple[tuple[Any, ...], Any]:
+        """Evaluates one step, or several together, with `activate` as the activation."""
+        ...
+
+
+class Carry(NamedTuple):
+    """What goes from one chunk of steps to the next."""
+
+    state: tuple[State, ...]
+    total: Any  # of the outputs so far; with sum coding, the last output
+    counts: tuple[Any, ...]  # a layer: the spikes of each neuron, or a `Sent`
+    time: jax.Array
+
+
+def run_chunk(
+    net: Network, prepared: Any, carry: Carry, size: int
+) -> tuple[Carry, Any]:
+    """Runs `size` steps together; returns the new carry and the network's output at each."""
+    if net.coding == "rate":
+        return _run_rates(net, prepared, carry, size)
+
+    def rest(carry: Carry) -> tuple[Carry, Any]:
+        same = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), carry.total)
+        return carry._replace(time=carry.time + size), same
+
+    run = functools.partial(_run_sums, net, prepared, size=size)
+    # Devices that wait for each other have to run the same steps.
+    if net.communicates:
+        return run(carry)
+    # One step without a spike is the last: every neuron would find what it found before.
+    silent = (carry.time > 0) & (last_spike(carry) < carry.time)
+    return jax.lax.cond(silent, rest, run, carry)
+
+
+def _run_rates(
+    net: Network, prepared: Any, carry: Carry, size: int
+) -> tuple[Carry, Any]:
+    def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
+        state, out = _run_layer(net, i, carry.state[i], x)
+        # XLA may divide by a constant through its reciprocal: 21 / 7 need not be 3.
+        spikes = jnp.round(jnp.abs(out).sum(0) / net.layers[i].threshold).astype(jnp.int32)
+        return (state, carry.counts[i] + spikes), out
+
+    kept, out = net.propagate(prepared, fire, steps=size)
+    state, counts = zip(*kept, strict=True)
+    total, sums = jax.lax.scan(_add, carry.total, out)
+    steps = carry.time + 1 + jnp.arange(size)
+    means = jax.tree.map(lambda x: x / steps.reshape(-1, *[1] * (x.ndim - 1)), sums)
+    return Carry(state, total, counts, carry.time + size), means
+
+
+def _run_sums(
+    net: Network, prepared: Any, carry: Carry, size: int
+) -> tuple[Carry, Any]:
+    def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
+        state, totals = _run_layer(net, i, carry.state[i], x)
+        return (state, add_steps(carry.counts[i], totals, carry.time)), totals
+
+    kept, out = net.propagate(prepared, fire, steps=size)
+    state, counts = zip(*kept, strict=True)
+    last = jax.tree.map(lambda x: x[-1], out)
+    return Carry(state, last, counts, carry.time + size), out
+
+
+def _run_layer(
+    net: Network, i: int, state: State, x: jax.Array
+) -> tuple[State, jax.Array]:
+    """Runs the neurons of one layer through the steps along the leading axis of x."""
+    threshold = net.layers[i].threshold
+    return jax.lax.scan(
+        lambda s, current: net.neuron.step(s, current, threshold), state, x, unroll=len(x) <= 8
+    )
+
+
+def last_spike(carry: Carry) -> jax.Array:
+    """The last step at which any layer has sent a spike, with sum coding."""
+    return jnp.stack([sent.last for sent in carry.counts]).max()
+
+
+def _add(total: Any, out: Any) -> tuple[Any, Any]:
+    total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out)
+    return total, total
