@@ -145,9 +145,9 @@ class StBif:
     below 0 and c > 0. Once x stands still it falls silent at c = q(x), after p steps at the latest.
 
     Attributes:
-        surrogate: derivative that stands in for that of a spike in a backward pass, as a function
-            of the distance to the nearer threshold, in levels. `rectangle` gives a settled network
-            the gradient of the quantized one. None leaves the true derivative, which is zero.
+        surrogate: derivative that stands in for that of the rounding in a backward pass, as a
+            function of the distance to the nearest tie, in levels. With `rectangle` a settled
+            network has the gradient of the quantized one. None leaves the true one, which is zero.
 
     Example:
         >>> neuron = StBif()
@@ -168,19 +168,17 @@ class StBif:
         """Returns the state before the first step: no spikes."""
         return Count(jnp.zeros(shape, jnp.float32), jnp.float32(start / threshold))
 
-    def step(
-        self, state: Count, x: jax.Array, threshold: Threshold
-    ) -> tuple[Count, jax.Array]:
+    def step(self, state: Count, x: jax.Array, threshold: Threshold) -> tuple[Count, jax.Array]:
         """Takes the total of all steps so far; returns the total of spikes sent, in levels."""
         # A bound that no x reaches, as in `summable`: it keeps the compiler from rounding once,
         # with a product before it, where the quantizer rounds twice.
         u = jnp.maximum(x, -(2.0**30)) + state.start
-        wanted = jnp.clip(jnp.floor(u), 0, threshold)
-        spikes = jax.lax.stop_gradient(jnp.clip(wanted - state.sent, -1, 1))
+        wanted = jax.lax.stop_gradient(jnp.clip(jnp.floor(u), 0, threshold))
         if self.surrogate is not None:
-            bounds = (state.sent < threshold, state.sent > 0)
-            spikes = _sent_with_derivative(self.surrogate, u - state.sent, spikes, *bounds)
-        sent = state.sent + spikes
+            inside = (x > 0) & (x < threshold)
+            wanted = _rounded(self.surrogate, u, wanted, inside.astype(jnp.float32))
+        missing = wanted - state.sent
+        sent = jnp.where(jnp.abs(missing) > 1, state.sent + jnp.sign(missing), state.sent + missing)
         return Count(sent, state.start), sent
 
 
@@ -247,15 +245,14 @@ def _with_derivative(surrogate: Callable) -> Callable:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _sent_with_derivative(
-    surrogate: Callable, u: jax.Array, spikes: jax.Array, more: jax.Array, fewer: jax.Array
-) -> jax.Array:
-    """The spikes of `StBif`; it can send one where there may be `more`, or a negative one."""
-    return spikes
+def _rounded(surrogate: Callable, u: jax.Array, floor: jax.Array, inside: jax.Array) -> jax.Array:
+    """The floor of u, with a derivative."""
+    return floor
 
 
-@_sent_with_derivative.defjvp
-def _sent_jvp(surrogate: Callable, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    u, spikes, more, fewer = primals
-    slope = jnp.maximum(more * surrogate(u - 1), fewer * surrogate(-u))
-    return spikes, slope * tangents[0]
+@_rounded.defjvp
+def _rounded_jvp(
+    surrogate: Callable, primals: tuple, tangents: tuple
+) -> tuple[jax.Array, jax.Array]:
+    u, floor, inside = primals
+    return floor, surrogate(jnp.abs(u - jnp.round(u))) * inside * tangents[0]
