@@ -8,14 +8,19 @@ import contextlib
 import csv
 import datetime
 import fcntl
+import functools
+import inspect
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from nadaptor.errors import PassingError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -94,6 +99,30 @@ def hold(path: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def making(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function that makes what one of its arguments is the path of.
+
+    Before it works, the folder around that is checked to be writable, and its lock is taken.
+
+    Args:
+        argument: name of the argument.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def made(*args: P.args, **kwargs: P.kwargs) -> R:
+            path = Path(signature.bind(*args, **kwargs).arguments[argument])
+            check_writable(path.parent)
+            with hold(path):
+                return function(*args, **kwargs)
+
+        return made
+
+    return decorate
 
 
 def write_json(path: Path, value: Any) -> None:

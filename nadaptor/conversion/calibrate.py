@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from nadaptor import spiking
 from nadaptor._checks import check_count
+from nadaptor._files import making
 from nadaptor.calibration import (
     Calibration,
     Rule,
@@ -47,6 +48,7 @@ class CalibrationOptions:
     num_images: int = 128
 
 
+@making("out")
 def convert_calibrated(checkpoint: Path, out: Path, options: CalibrationOptions) -> None:
     """Converts a trained full-precision network with no further training.
 

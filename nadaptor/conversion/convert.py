@@ -9,6 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from nadaptor._checks import check_count
+from nadaptor._files import making
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from nadaptor.configs.build import build_model, config_split
 from nadaptor.configs.config import Config, from_json, replace, to_json
@@ -18,6 +19,7 @@ from nadaptor.models import fold_batch_norm
 from nadaptor.models.config import ACTIVATIONS
 
 
+@making("out")
 def convert(
     checkpoint: Path, out: Path, num_images: int = 32, data_dir: Path | None = None
 ) -> list[Check]:

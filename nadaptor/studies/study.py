@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nadaptor._checks import check_count
-from nadaptor._files import write_json
+from nadaptor._files import making, write_json
 from nadaptor._provenance import provenance
 from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
 from nadaptor.configs.config import Config, Dtype, replace, to_json
@@ -124,6 +124,7 @@ class Cell(NamedTuple):
     seed: int
 
 
+@making("workdir")
 def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
     """Trains, converts and simulates all of a study that is not there yet.
 

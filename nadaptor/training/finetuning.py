@@ -17,6 +17,7 @@ import optax
 
 from nadaptor import IntegrateAndFire, simulate
 from nadaptor._checks import check_count
+from nadaptor._files import making
 from nadaptor.checkpoints.checkpoint import load_card, save_checkpoint
 from nadaptor.conversion.convert import load_snn
 from nadaptor.data.registry import batch_at, load_split, steps_per_epoch
@@ -55,6 +56,7 @@ def digits_na_finetuned() -> FineTuning:
     )
 
 
+@making("out")
 def fine_tune(source: Path, out: Path, tuning: FineTuning) -> list[float]:
     """Trains a converted network through its first T time steps, and writes the result.
 
