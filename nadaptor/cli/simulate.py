@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nadaptor._files import check_writable
 from nadaptor.cli.command import program, use_every_core
 from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.evaluation.report import simulate_checkpoint, write_report
@@ -47,7 +48,11 @@ def simulate_command(
         out: Folder for the files; by default "simulation-SPLIT" beside the checkpoint, with
             "-CORRECTION" at the end where there is one.
     """
+    name = f"simulation-{split}" if correction == "none" else f"simulation-{split}-{correction}"
+    out = checkpoint.parent / name if out is None else out
+    if checkpoint.exists():
+        # Before all the work, not after it.
+        check_writable(out)
     inference = get_inference(correction, correction_steps)
     report = simulate_checkpoint(checkpoint, num_steps, split, inference, data_dir, num_images)
-    name = f"simulation-{split}" if correction == "none" else f"simulation-{split}-{correction}"
-    write_report(report, checkpoint.parent / name if out is None else out)
+    write_report(report, out)
