@@ -32,6 +32,7 @@ def seal(card: Mapping[str, Any]) -> dict[str, Any]:
         ['card_digest', 'format', 'kind']
     """
     full = {**json.loads(json.dumps(card)), "format": FORMAT}
+    full.pop(_DIGEST, None)  # of a card that was sealed before
     return {**full, _DIGEST: digest(full)}
 
 

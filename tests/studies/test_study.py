@@ -130,10 +130,10 @@ def test_a_changed_figure_is_measured_again_and_a_passing_error_is_no_result(
     study = dataclasses.replace(STUDY, methods=("lsq",), corrections=("none",), seeds=1)
     errors = [RunError("the loss is nan"), RunError("the loss is inf"), PassingError("held")]
 
-    def fail(config, workdir, options):
+    def fail(config, workdir, options, **settings):
         raise errors.pop(0)
 
-    monkeypatch.setattr(grid, "train", fail)
+    monkeypatch.setattr(grid, "measure", fail)
     (first,) = [m["failed"] for m in run_study(study, tmp_path).values()]
     (cell,) = (tmp_path / "cells").rglob("*.json")
     assert [m["failed"] for m in run_study(study, tmp_path).values()] == [first]
