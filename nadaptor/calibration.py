@@ -1,19 +1,25 @@
 """Conversion without training: thresholds, biases and start potentials measured on data.
 
-A network that was trained with ReLU has no thresholds. Written with `clipped_relu` in the place of
-each ReLU (at any positive threshold) it converts, and the functions here measure what its neurons
-need: on one batch, from the activations that the network has without any clip. The result is a
-`Calibration`, a pytree of plain arrays; it is put on a traced network, which changes no parameter:
+A network that was trained with ReLU has no thresholds. The functions here take it as it is, its
+data being the last argument, and measure what its neurons need: on one batch, from the activations
+that the network has without any clip. The result is a `Calibration`, a pytree of plain arrays. It
+is put on the traced network, which `nadaptor.quantize` gives thresholds of 1 (a function that has
+`clipped_relu` in the place of each ReLU already is taken with the thresholds it has):
 
     calibration = calibrate_thresholds(f, params, images)
-    net = calibration.apply(nadaptor.spiking(f, params, others))
+    unit = functools.partial(nadaptor.quantize(f, activation="clipped_relu"), 1.0)
+    net = calibration.apply(nadaptor.spiking(unit, params, others))
     sim = run_network(net, net.prepare(params, others), num_steps=64)
+
+Thresholds alone are `nadaptor.quantize(f, activation="clipped_relu").init(params, images,
+rule="percentile")`, ordinary arguments of the quantized function.
 
 Everything is exact over the batch it is given, which has to fit into memory; several hundred images
 are customary. All functions can be jitted.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
+from nadaptor._jaxpr.trace import contains, is_mark
+from nadaptor.quantization import quantize
 from nadaptor.rules import SMALLEST, Rule, maximum, mmse, other_axes, percentile
 from nadaptor.transformation import Prepared, SpikingNetwork, spiking
 
@@ -89,8 +97,8 @@ def calibrate_thresholds(
     """Measures each layer's threshold on the network with plain ReLUs.
 
     Args:
-        f: function with `clipped_relu` in the place of each ReLU. Its thresholds are not used: the
-            activations are measured without a clip.
+        f: function with ReLUs, or with `clipped_relu` in the place of each, of which the thresholds
+            are not used: the activations are measured without a clip.
         *args: its arguments, with a batch of data.
         rule: `maximum()`, `percentile(...)` or `mmse(...)`; None for `percentile(99.9)`.
         channel_axis: axis of the layers' arrays along which each entry has a threshold of its own;
@@ -112,7 +120,7 @@ def calibrate_thresholds(
     Source: Rueckauer et al., Conversion of continuous-valued deep networks to efficient
     event-driven networks for image classification, 2017.
     """
-    net = spiking(f, *args)
+    net = spiking(_with_thresholds(f, args), *args)
     rule = percentile() if rule is None else rule
     found = [
         rule(a, other_axes(a, channel_axis)) for a in _relu_activations(net, net.prepare(*args))
@@ -138,7 +146,7 @@ def calibrate_biases(
     network as the ANN. All T steps of a layer are in memory at once: use a small batch.
 
     Args:
-        f: function with `clipped_relu` in the place of each ReLU.
+        f: function with ReLUs, or with `clipped_relu` in the place of each.
         *args: its arguments, with a batch of data.
         calibration: the thresholds to begin with.
         num_steps: T, the number of steps that the network is going to run.
@@ -181,7 +189,7 @@ def calibrate_potentials(
     `start += T * (mean(ANN) - mean(SNN))`, the means over the batch.
 
     Args:
-        f: function with `clipped_relu` in the place of each ReLU.
+        f: function with ReLUs, or with `clipped_relu` in the place of each.
         *args: its arguments, with a batch of data.
         calibration: the thresholds to begin with.
         num_steps: T, the number of steps that the network is going to run.
@@ -249,6 +257,14 @@ def _relu_activations(net: SpikingNetwork, prepared: Prepared) -> tuple[jax.Arra
     return net.propagate(prepared, activate)[0]
 
 
+def _with_thresholds(f: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+    """The function as it is where it has quantizers; else with thresholds of 1 for its ReLUs."""
+    closed = jax.make_jaxpr(lambda *args: f(*args))(*args)
+    if contains(closed.jaxpr, is_mark):
+        return f
+    return functools.partial(quantize(f, activation="clipped_relu"), 1.0)
+
+
 def _layer_by_layer(
     f: Callable[..., Any],
     args: tuple[Any, ...],
@@ -258,7 +274,7 @@ def _layer_by_layer(
 ) -> Calibration:
     """Runs T steps of each layer, adjusts it by mean(ANN) - mean(SNN), and passes on its spikes."""
     steps = check_count(num_steps, "num_steps")
-    net = spiking(f, *args)
+    net = spiking(_with_thresholds(f, args), *args)
     prepared = net.prepare(*args)
     wanted = _relu_activations(net, prepared)
 

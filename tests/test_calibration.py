@@ -201,3 +201,20 @@ def test_what_does_not_fit_is_refused():
         mmse(0)
     with pytest.raises(ValueError, match="num_steps"):
         shift_biases(thresholds(), 0)
+
+
+def test_a_function_with_relus_is_calibrated_as_its_twin_with_clipped_relus():
+    w = jax.random.normal(jax.random.key(0), (8, 6)), jax.random.normal(jax.random.key(1), (6, 4))
+    x = jax.random.normal(jax.random.key(2), (16, 8))
+
+    def net(activate, w, x):
+        return activate(activate(x @ w[0]) @ w[1])
+
+    found = []
+    for activate in (jax.nn.relu, lambda v: nadaptor.clipped_relu(v, 1.0)):
+        f = functools.partial(net, activate)
+        thresholds = calibrate_thresholds(f, w, x, rule=maximum())
+        biased = calibrate_biases(f, w, x, calibration=thresholds, num_steps=4)
+        found.append(calibrate_potentials(f, w, x, calibration=biased, num_steps=4))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    assert any((bias != 0).any() for bias in found[0].biases)

@@ -1,7 +1,6 @@
 """Conversion without training: a full-precision ResNet, its thresholds measured on images."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from nadaptor import spiking
+from nadaptor import quantize
 from nadaptor._checks import check_count
 from nadaptor._files import making
 from nadaptor.calibration import (
@@ -27,7 +26,7 @@ from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from nadaptor.configs.config import from_json, replace, to_json
 from nadaptor.conversion.convert import build_folded
 from nadaptor.data.registry import load_split
-from nadaptor.models import ClippedRelu, fold_batch_norm
+from nadaptor.models import Relu, fold_batch_norm
 
 RuleName = Literal["percentile", "max", "mmse"]
 
@@ -104,15 +103,13 @@ def calibrate_resnet(
     Raises:
         ValueError: an option is out of its range, or the network cannot be converted.
     """
-    unclipped = functools.partial(ClippedRelu, data_init=False, initial_threshold=1.0)
-    # Thresholds of 1, so that a calibration in units of them is in the units of the input.
-    unit = model.clone(activation=unclipped)
-    started = unit.apply(
-        variables, images[:1], rngs={"params": jax.random.key(0)}, mutable=["params"]
-    )[1]
-    found = _calibrate(unit, started, images, options)
-    layers = spiking(unit.apply, started, images[:1]).layers
-    flat: dict[Any, Any] = dict(traverse_util.flatten_dict(started["params"]))
+    relus = model.clone(activation=Relu)
+    found = _calibrate(relus, variables, images, options)
+    quantized = quantize(relus.apply, activation="clipped_relu")
+    layers = [
+        layer for layer in quantized.layers(variables, images[:1]) if layer.kind != "max_pool"
+    ]
+    flat: dict[Any, Any] = dict(traverse_util.flatten_dict(variables["params"]))
     for layer, threshold, bias in zip(layers, found.thresholds, found.biases, strict=True):
         *block, activation = layer.name.split("/")[1:]
         flat[(*block, activation, "threshold")] = threshold.reshape(())
