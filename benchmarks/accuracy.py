@@ -19,8 +19,9 @@ from benchmarks.simulator import read
 from nadaptor._files import write_csv
 from nadaptor._provenance import machine
 from nadaptor.cli.command import use_every_core
-from nadaptor.configs.build import config_split
 from nadaptor.conversion.convert import load_snn
+from nadaptor.data.loader import load_images
+from nadaptor.data.registry import open_split
 from nadaptor.reports.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,7 +83,7 @@ def _networks(options: Options) -> Iterator[tuple[str, Network]]:
             yield name, load(name, options.data_dir, options.images)
         return
     model, variables, config = load_snn(options.snn)
-    split = config_split(config, "test", options.data_dir, options.images)
+    split = load_images(open_split(config.data, "test", options.data_dir, options.images))
     yield f"{config.network.model} {config.name}", Network(model, variables, *split)
 
 

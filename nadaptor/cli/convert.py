@@ -56,4 +56,4 @@ def convert_command(
     else:
         count = 128 if num_images is None else num_images
         options = CalibrationOptions(calibrate, percent, num_steps, biases, count)
-        convert_calibrated(checkpoint, out, options)
+        convert_calibrated(checkpoint, out, options, data_dir)

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> None:
 def finetune_command(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     tuning: Annotated[FineTuning, tyro.conf.arg(name="")] = DEFAULT,
+    data_dir: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Trains the folded weights and thresholds on what the network does in its first T steps.
@@ -35,6 +36,8 @@ def finetune_command(
     Args:
         checkpoint: The folder that convert.py printed.
         tuning: The run.
+        data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         out: Folder to make; by default "snn-finetuned" beside the checkpoint.
     """
-    fine_tune(checkpoint, checkpoint.parent / "snn-finetuned" if out is None else out, tuning)
+    out = checkpoint.parent / "snn-finetuned" if out is None else out
+    fine_tune(checkpoint, out, tuning, data_dir)

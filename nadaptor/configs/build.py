@@ -1,28 +1,15 @@
-"""What a config stands for: its network and its optimizer; `open_split` opens its images."""
+"""What a config stands for: its network and its optimizer; `data.registry` opens its images."""
 
 import functools
-from pathlib import Path
 
 import flax.linen as nn
 import jax.numpy as jnp
 import optax
 
 from nadaptor.configs.config import Config, Dtype, OptimizerConfig
-from nadaptor.data.registry import get_spec, load_source, open_split
-from nadaptor.data.source import Split, SplitName
+from nadaptor.data.registry import get_spec
 from nadaptor.models import batch_norm, create
 from nadaptor.models.config import NetworkConfig, QuantizerConfig, activation_slot
-
-
-def config_split(
-    config: Config, split: SplitName, data_dir: Path | None = None, limit: int | None = None
-) -> Split:
-    """Loads a split of a config's data set, or its first images, as its network takes them.
-
-    Raises:
-        ValueError: as `open_split`.
-    """
-    return load_source(open_split(config.data, split, data_dir), limit)
 
 
 def build_model(

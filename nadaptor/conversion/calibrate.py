@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from nadaptor import quantize
-from nadaptor._checks import check_count
 from nadaptor._files import making
 from nadaptor.calibration import (
     Calibration,
@@ -24,8 +23,9 @@ from nadaptor.calibration import (
 )
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from nadaptor.configs.config import from_json, replace, to_json
-from nadaptor.conversion.convert import build_folded
-from nadaptor.data.registry import load_split
+from nadaptor.conversion.convert import build_folded, class_count
+from nadaptor.data.loader import load_images
+from nadaptor.data.registry import open_split
 from nadaptor.models import Relu, fold_batch_norm
 
 RuleName = Literal["percentile", "max", "mmse"]
@@ -48,17 +48,20 @@ class CalibrationOptions:
 
 
 @making("out")
-def convert_calibrated(checkpoint: Path, out: Path, options: CalibrationOptions) -> None:
+def convert_calibrated(
+    checkpoint: Path, out: Path, options: CalibrationOptions, data_dir: Path | None = None
+) -> None:
     """Converts a trained full-precision network with no further training.
 
     Args:
         checkpoint: folder of a network trained with "relu".
         out: folder to make; `load_snn` and `simulate_checkpoint` read it.
         options: how to calibrate.
+        data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged or not of full precision, or `out`
-            exists.
+        ValueError: there is no such checkpoint, it is damaged or not of full precision, `out`
+            exists, or the data set's classes or files are not those of its training.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; choose another --out or remove it")
@@ -70,16 +73,16 @@ def convert_calibrated(checkpoint: Path, out: Path, options: CalibrationOptions)
             f"{checkpoint} was trained with {activation!r}, which has thresholds of its "
             "own; convert it without --calibrate"
         )
-    count = check_count(options.num_images, "num_images")
-    images = load_split(config.data.dataset, "train", config.data.validation_size).images
-    images = jnp.asarray(images[:count])
+    source = open_split(config.data, "train", data_dir, options.num_images, card.get("data"))
+    images = jnp.asarray(load_images(source).images)
     clipped = replace(config, activation="clipped_relu")
-    model = build_folded(clipped)
+    model = build_folded(clipped, class_count(variables))
     calibrated = calibrate_resnet(model, fold_batch_norm(variables), images, options)
     card = {
         "config": to_json(clipped),
         "parent": card["card_digest"],
-        "calibration": dataclasses.asdict(options),
+        "calibration": {**dataclasses.asdict(options), "num_images": source.size},
+        "data": card.get("data"),
     }
     save_checkpoint(out, "snn", calibrated, card)
     print(f"spiking network: {out}")

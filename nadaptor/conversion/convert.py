@@ -1,5 +1,6 @@
 """The conversion of a trained checkpoint: folds batch norm, checks itself, writes the SNN."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ from flax import traverse_util
 from nadaptor._checks import check_count
 from nadaptor._files import making
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from nadaptor.configs.build import build_model, config_split
+from nadaptor.configs.build import build_model
 from nadaptor.configs.config import Config, from_json, replace, to_json
 from nadaptor.conversion.identities import Check, check_conversion
+from nadaptor.data.loader import load_images
+from nadaptor.data.registry import open_split
 from nadaptor.errors import RunError
 from nadaptor.models import fold_batch_norm
 from nadaptor.models.config import ACTIVATIONS
+
+# Images to check on, at least.
+FEWEST = 16
 
 
 @making("out")
@@ -31,7 +37,7 @@ def convert(
     Args:
         checkpoint: folder of a trained network, as `train` returns it.
         out: folder to make.
-        num_images: validation images to check on, at least 2.
+        num_images: validation images to check on, at least 16.
         data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
 
     Returns:
@@ -44,8 +50,11 @@ def convert(
     """
     if out.exists():
         raise ValueError(f"{out} exists already; choose another --out or remove it")
-    if check_count(num_images, "num_images") < 2:
-        raise ValueError("num_images must be at least 2, for the check that splits the batch")
+    if check_count(num_images, "num_images") < FEWEST:
+        raise ValueError(
+            f"num_images must be at least {FEWEST}, not {num_images}: among fewer, one flipped "
+            "spike can look like a wrong weight"
+        )
     variables, card = load_checkpoint(checkpoint, "ann")
     config = from_json(card["config"])
     if ACTIVATIONS[config.quantizer.activation].converts_as is None:
@@ -54,7 +63,8 @@ def convert(
             "quantized one from it, such as digits_na"
         )
     folded = fold_batch_norm(variables)
-    images = config_split(config, "validation", data_dir, num_images).images
+    source = open_split(config.data, "validation", data_dir, num_images, card.get("data"))
+    images = load_images(source).images
     num_classes = class_count(folded)
     # In float32 also after training in bfloat16: the checks compare float against float.
     full = replace(config, dtype="float32")
@@ -67,7 +77,7 @@ def convert(
         print(check)
     if failed := [check for check in checks if not check.holds]:
         raise RunError(f"{len(failed)} checks failed, nothing written; the first: {failed[0]}")
-    save_checkpoint(out, "snn", folded, _card(config, folded, checks, card["card_digest"]))
+    save_checkpoint(out, "snn", folded, _card(config, folded, checks, card))
     print(f"spiking network: {out}")
     return checks
 
@@ -102,7 +112,9 @@ def class_count(variables: Any) -> int:
     return len(variables["params"]["fc"]["bias"])
 
 
-def _card(config: Config, variables: Any, checks: list[Check], source: str) -> dict[str, Any]:
+def _card(
+    config: Config, variables: Any, checks: list[Check], parent: Mapping[str, Any]
+) -> dict[str, Any]:
     scales = {
         "/".join(path[1:-1]): np.asarray(leaf)
         for path, leaf in traverse_util.flatten_dict(variables).items()
@@ -113,6 +125,7 @@ def _card(config: Config, variables: Any, checks: list[Check], source: str) -> d
         "levels": config.quantizer.levels,
         "thresholds": {name: (s * config.quantizer.levels).tolist() for name, s in scales.items()},
         "config": to_json(config),
-        "source": source,
+        "source": parent["card_digest"],
+        "data": parent.get("data"),
         "checks": [{**check._asdict(), "holds": check.holds} for check in checks],
     }

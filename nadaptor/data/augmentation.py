@@ -18,25 +18,25 @@ PADDING = 4
 CUTOUT = 16
 
 
-def prepare_batch(
+def augment_batch(
     key: jax.Array,
     images: jax.Array,
     spec: Spec,
     augmentation: Augmentation,
-    first_place: jax.Array | int = 0,
+    first_index: jax.Array | int = 0,
 ) -> jax.Array:
     """Augments and normalises a batch: the first thing that a training step does.
 
     "crop_flip" crops with a padding of 4 and flips; "autoaugment" does that, then AutoAugment's
     CIFAR-10 policy, then Cutout of 16 pixels after the normalisation, that is to the mean; "none"
-    and "random_resized_crop", which the host has done, normalise alone.
+    and "random_resized_crop", which the host has done, only normalise.
 
     Args:
         key: typed PRNG key of the step, the same on every device; consumed.
         images: [B, H, W, C] uint8, as `batches` yields them.
         spec: of the data set.
         augmentation: what to do.
-        first_place: place of the first of these images in the whole batch.
+        first_index: index of the first of these images in the whole batch.
 
     Returns:
         [B, H, W, C] float32.
@@ -48,7 +48,7 @@ def prepare_batch(
         >>> import numpy as np
         >>> spec = Spec(10, (32, 32, 3), (127.5,) * 3, (127.5,) * 3)
         >>> images = np.zeros((2, 32, 32, 3), np.uint8)
-        >>> prepare_batch(jax.random.key(0), images, spec, "crop_flip").shape
+        >>> augment_batch(jax.random.key(0), images, spec, "crop_flip").shape
         (2, 32, 32, 3)
     """
     if augmentation in ("none", "random_resized_crop"):
@@ -58,10 +58,10 @@ def prepare_batch(
             f"augmentation must be one of none, crop_flip, autoaugment, random_resized_crop, "
             f"not {augmentation!r}"
         )
-    places = first_place + jnp.arange(len(images))
+    places = first_index + jnp.arange(len(images))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, places)
-    prepare = functools.partial(_prepare_image, spec=spec, augmentation=augmentation)
-    return jax.vmap(prepare)(keys, jnp.asarray(images))
+    augment = functools.partial(_augment_image, spec=spec, augmentation=augmentation)
+    return jax.vmap(augment)(keys, jnp.asarray(images))
 
 
 def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = PADDING) -> jax.Array:
@@ -106,7 +106,7 @@ def cutout(key: jax.Array, image: jax.Array, size: int = CUTOUT) -> jax.Array:
     return jnp.where((inside[0][:, None] & inside[1])[..., None], 0, image)
 
 
-def _prepare_image(
+def _augment_image(
     key: jax.Array, image: jax.Array, spec: Spec, augmentation: Augmentation
 ) -> jax.Array:
     crop_key, policy_key, cutout_key = jax.random.split(key, 3)

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nadaptor.data.codec import decode, read_size
-from nadaptor.data.source import Example
+from nadaptor.data.codec import MAX_PIXELS, decode, read_size
+from nadaptor.data.source import Example, printable
 
-AREA = (0.08, 1.0)  # share of the image
+# Pixels per side of a photograph in a batch, unless a config says otherwise.
+IMAGE_SIZE = 224
+AREA = (0.08, 1.0)  # fraction of the image
 ASPECT = (3 / 4, 4 / 3)  # width by height
 ATTEMPTS = 10
 NUM_DRAWS = 4 * ATTEMPTS + 1
@@ -103,7 +105,7 @@ def evaluation_image(example: Example, shape: tuple[int, int, int]) -> np.ndarra
         [H, W, C] uint8.
 
     Raises:
-        ValueError: the file is truncated or no image.
+        ValueError: the file is truncated or no image, or so thin that it cannot be resized.
     """
     if not isinstance(example.image, bytes):
         return example.image
@@ -112,9 +114,34 @@ def evaluation_image(example: Example, shape: tuple[int, int, int]) -> np.ndarra
     image = decode(example.image, example.name)
     size, short = shape[0], round(shape[0] * 8 / 7)
     height, width = (short * side // min(image.shape[:2]) for side in image.shape[:2])
+    if height * width > MAX_PIXELS:
+        raise ValueError(
+            f"{printable(example.name)} has {image.shape[1]}x{image.shape[0]} pixels, too thin "
+            f"for its shorter side to become {short}; remove it"
+        )
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     top, left = (round((side - size) / 2) for side in (height, width))
     return np.asarray(resized)[top : top + size, left : left + size]
+
+
+def average_down(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Averages the pixels of an image down to a smaller one.
+
+    Args:
+        image: [H, W, C] uint8.
+        shape: of the result, at most H and W.
+
+    Returns:
+        The image of that shape, uint8: each pixel is the mean over the area it covers, rounded.
+
+    Example:
+        >>> average_down(np.array([[[0], [2]], [[4], [10]]], np.uint8), (1, 1, 1)).tolist()
+        [[[4]]]
+    """
+    if image.shape == shape:
+        return image
+    cv2 = _opencv()
+    return cv2.resize(image, shape[1::-1], interpolation=cv2.INTER_AREA).reshape(shape)
 
 
 @functools.cache

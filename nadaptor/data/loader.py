@@ -1,28 +1,32 @@
-"""Batches for the devices: decoded in threads, ahead of the step that needs them.
+"""Batches for the devices: made by Grain in threads or processes, ahead of their use.
 
 A batch is a pure function of (seed, step). Which images are in it, in which order, and how each is
 cropped come from counters, not from a generator that remembers: so a run resumes at any step, and
 neither the number of threads nor of processes changes a pixel. What runs on the device, from
-`prepare_batch` on, takes its randomness from a key of the step and the example's place.
+`augment_batch` on, takes its randomness from a key of the step and the example's place.
+
+The order is our own (`registry.batch_indices`), because its bits are fixed for every version of
+NumPy, and Grain's are fixed for one version of Grain only: snapshots outlive versions.
 """
 
-import itertools
+import contextlib
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from nadaptor._checks import check_count
 from nadaptor.data.augmentation import Augmentation
 from nadaptor.data.crops import NUM_DRAWS, evaluation_image, training_image
 from nadaptor.data.registry import batch_indices, steps_per_epoch
-from nadaptor.data.source import Source
+from nadaptor.data.source import Source, Split, normalize_array
 
 T = TypeVar("T")
-# Batches that are decoded ahead of the one in use.
-LOOK_AHEAD = 3
+# A thread or process makes a whole batch: so many bytes of them may be under way in all.
+BYTES_AHEAD = 2**31
 
 
 class Batch(NamedTuple):
@@ -44,24 +48,27 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
+    num_workers: int = 0,
 ) -> Generator[Batch, None, None]:
     """Yields the training batches from one step to another.
 
     Args:
         source: the training images.
         augmentation: its part for the host is done here, "random_resized_crop" that is; the rest is
-            left to `prepare_batch`.
+            left to `augment_batch`.
         seed: of the order and of the crops.
-        batch_size: images a step, over all processes.
+        batch_size: images per step, over all processes.
         start_step: number of the first step.
         stop_step: number after the last; None for no end.
         process_index: which part of each batch to yield: the processes' parts in their order make
             the batch.
         process_count: parts.
-        num_threads: that decode; None for one a core.
+        num_threads: that decode; None for one per core, and one in each worker.
+        num_workers: processes that decode, for a host with more cores than one interpreter can
+            feed; 0 for threads of this process only.
 
     Yields:
-        Batches. Close the iterator to end the threads.
+        Batches. Close the iterator to end the threads and the workers.
 
     Raises:
         ValueError: there are fewer images than one batch holds, the batch does not divide among the
@@ -76,16 +83,16 @@ def batches(
     """
     part = part_of(batch_size, process_index, process_count)
     steps_per_epoch(source.size, batch_size)
+    crops = augmentation == "random_resized_crop"
 
-    def tasks() -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-        steps = itertools.count(start_step) if stop_step is None else range(start_step, stop_step)
-        for step in steps:
-            indices = batch_indices(source.size, seed, step, batch_size)[part]
-            places = np.arange(batch_size)[part]
-            crops = augmentation == "random_resized_crop"
-            yield step, indices, _draws(seed, step, places) if crops else None
+    def make(step: int) -> Batch:
+        indices = batch_indices(source.size, seed, step, batch_size)[part]
+        draws = _draws(seed, step, np.arange(batch_size)[part]) if crops else None
+        return _make_batch(source, step, indices, draws, len(indices))
 
-    return _load_ahead(source, tasks(), len(range(batch_size)[part]), num_threads)
+    steps = range(start_step, sys.maxsize if stop_step is None else stop_step)
+    size = _batch_bytes(source, len(range(batch_size)[part]))
+    return _ahead(make, steps, size, num_threads, num_workers)
 
 
 def evaluation_batches(
@@ -95,12 +102,12 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Yields every image of a split once, in its order, in batches of one size.
 
     Args:
         source: the split.
-        batch_size: images a batch, over all processes; the last is filled up with label -1.
+        batch_size: images per batch, over all processes; the last is filled up with label -1.
         process_index: as in `batches`.
         process_count: as in `batches`; every process gets the same number of batches.
         num_threads: as in `batches`.
@@ -118,13 +125,39 @@ def evaluation_batches(
         [64, 64, 22]
     """
     part = part_of(batch_size, process_index, process_count)
+    size = len(range(batch_size)[part])
 
-    def tasks() -> Iterator[tuple[int, np.ndarray, None]]:
-        for step in range(-(-source.size // batch_size)):
-            indices = np.arange(step * batch_size, (step + 1) * batch_size)[part]
-            yield step, indices[indices < source.size], None
+    def make(step: int) -> Batch:
+        indices = np.arange(step * batch_size, (step + 1) * batch_size)[part]
+        return _make_batch(source, step, indices[indices < source.size], None, size)
 
-    return _load_ahead(source, tasks(), len(range(batch_size)[part]), num_threads)
+    steps = range(-(-source.size // batch_size))
+    return _ahead(make, steps, _batch_bytes(source, size), num_threads, 0)
+
+
+def load_images(source: Source) -> Split:
+    """Loads a source whole, normalised: for a calibration batch, after a limit on its size.
+
+    Returns:
+        Images [N, H, W, C] in float32 and labels [N], in the source's order.
+
+    Raises:
+        ValueError: a file is damaged; the message names it.
+
+    Example:
+        >>> from nadaptor.data.registry import open_source
+        >>> load_images(open_source("digits", "validation", 150)).images.shape
+        (150, 8, 8, 1)
+    """
+    images = np.empty((source.size, *source.spec.image_shape), np.float32)
+    labels = np.empty(source.size, np.int32)
+    with contextlib.closing(evaluation_batches(source, 32)) as stream:
+        for batch in stream:
+            place = slice(batch.step * 32, min((batch.step + 1) * 32, source.size))
+            count = place.stop - place.start
+            images[place] = normalize_array(batch.images[:count], source.spec)
+            labels[place] = batch.labels[:count]
+    return Split(images, labels)
 
 
 def part_of(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -197,53 +230,63 @@ def _draws(seed: int, step: int, places: np.ndarray) -> np.ndarray:
     return (np.stack([stream.random_raw(NUM_DRAWS) for stream in streams]) >> 11) * 2.0**-53
 
 
-def _load_ahead(
-    source: Source,
-    tasks: Iterator[tuple[int, np.ndarray, np.ndarray | None]],
-    size: int,
-    num_threads: int | None,
-) -> Generator[Batch, None, None]:
-    """Loads the batches of `tasks` in threads, `LOOK_AHEAD` of them at a time, in their order."""
-    pool = ThreadPoolExecutor(num_threads or os.cpu_count(), thread_name_prefix="decode")
-    waiting: deque[tuple[Batch, list[Future[None]]]] = deque()
-    try:
-        for task in tasks:
-            waiting.append(_start(pool, source, task, size))
-            if len(waiting) > LOOK_AHEAD:
-                yield _finish(*waiting.popleft())
-        while waiting:
-            yield _finish(*waiting.popleft())
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _start(
-    pool: ThreadPoolExecutor,
-    source: Source,
-    task: tuple[int, np.ndarray, np.ndarray | None],
-    size: int,
-) -> tuple[Batch, list[Future[None]]]:
-    step, indices, draws = task
+def _make_batch(
+    source: Source, step: int, indices: np.ndarray, draws: np.ndarray | None, size: int
+) -> Batch:
+    """Reads the examples of a batch: cropped at random where there are draws, else whole."""
     shape = source.spec.image_shape
     batch = Batch(step, np.zeros((size, *shape), np.uint8), np.full(size, -1, np.int32))
     if source.resident and draws is None:
         batch.images[: len(indices)] = source.resident.images[indices]
         batch.labels[: len(indices)] = source.resident.labels[indices]
-        return batch, []
-
-    def load(place: int) -> None:
-        example = source.read(int(indices[place]))
+        return batch
+    for place, index in enumerate(indices):
+        example = source.read(int(index))
         batch.labels[place] = example.label
         batch.images[place] = (
             evaluation_image(example, shape)
             if draws is None
             else training_image(example, shape[0], draws[place])
         )
-
-    return batch, [pool.submit(load, place) for place in range(len(indices))]
-
-
-def _finish(batch: Batch, loading: list[Future[None]]) -> Batch:
-    for future in loading:
-        future.result()
     return batch
+
+
+def _batch_bytes(source: Source, size: int) -> int:
+    return size * int(np.prod(source.spec.image_shape))
+
+
+def _ahead(
+    make: Callable[[int], Batch],
+    steps: range,
+    batch_bytes: int,
+    num_threads: int | None,
+    num_workers: int,
+) -> Generator[Batch, None, None]:
+    """Yields the batches of some steps in their order, made by Grain ahead of their use."""
+    import grain
+
+    cores = os.cpu_count() or 1
+    threads = check_count(num_threads or (1 if num_workers else cores), "num_threads")
+    threads = max(1, min(threads, BYTES_AHEAD // (2 * batch_bytes)))
+    made = grain.MapDataset.range(steps.start, steps.stop).map(make)
+    # One buffered batch per thread, beside the one that the thread makes.
+    stream: Any = made.to_iter_dataset(grain.ReadOptions(threads, prefetch_buffer_size=threads))
+    if num_workers:
+        _mark_flags_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers))
+    return _closing(iter(stream))
+
+
+def _closing(items: Any) -> Generator[Batch, None, None]:
+    try:
+        yield from items
+    finally:
+        items.close()
+
+
+def _mark_flags_as_parsed() -> None:
+    """Grain's workers read a flag of absl's, and absl expects a main function of its own."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

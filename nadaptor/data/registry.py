@@ -1,43 +1,93 @@
-"""The data sets by name: what opens a split, and what loads a small one whole."""
+"""The data sets by name, and the one way to the images of a config: `open_split`."""
 
 import difflib
 import functools
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nadaptor._checks import check_name
+from nadaptor._checks import check_count, check_name
 from nadaptor.data import digits, synthetic
 from nadaptor.data import image_folder as folder
 from nadaptor.data import tfds as prepared
 from nadaptor.data.config import DataConfig
-from nadaptor.data.crops import evaluation_image
-from nadaptor.data.source import PHOTOGRAPHS, Source, Spec, Split, SplitName, permutation
+from nadaptor.data.crops import average_down
+from nadaptor.data.source import (
+    PHOTOGRAPHS,
+    Source,
+    Spec,
+    Split,
+    SplitName,
+    check_identity,
+    permutation,
+    resident_source,
+    sized_spec,
+)
 
-__all__ = [
-    "Split",
-    "SplitName",
-    "batch_at",
-    "get_spec",
-    "load_source",
-    "load_split",
-    "open_source",
-    "open_split",
-    "resolve_data_dir",
-    "steps_per_epoch",
-]
-IMAGE_SIZE = 224
 NAMES = ("digits", "synthetic", "folder", *prepared.KNOWN)
 
 
-def get_spec(dataset: str, data_dir: Path | None = None) -> Spec:
-    """Returns the number of classes and the image shape of a data set; reads no image.
+def open_split(
+    data: DataConfig,
+    split: SplitName,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> Source:
+    """Opens a split as a config has it: with its image size, normalisation and training size.
+
+    Args:
+        data: the config's data fields.
+        split: "train", "validation" or "test"; see `open_source`.
+        data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
+        limit: images to read, the first of the split; None for all. More than there are is all.
+        known: what the card of a trained network says of its data, to be compared with what is
+            stored now; None where there is no such card.
+
+    Returns:
+        The source; no image is read but those of small data sets.
+
+    Raises:
+        ValueError: as `open_source`; `train_size` is more than there is; or the classes or files
+            are not those the network was trained on.
+
+    Example:
+        >>> from nadaptor.configs.named import get_config
+        >>> open_split(get_config("digits_na").data, "test", limit=100).size
+        100
+    """
+    source = open_source(data.dataset, split, data.validation_size, data_dir, data.image_size)
+    check_identity(source, known or {})
+    if data.normalization == "imagenet":
+        if (channels := source.spec.image_shape[-1]) != 3:
+            raise ValueError(
+                f"normalization 'imagenet' is of three channels, and {data.dataset} has {channels};"
+                " choose 'dataset'"
+            )
+        mean, deviation = PHOTOGRAPHS
+        source = source._replace(spec=source.spec._replace(mean=mean, deviation=deviation))
+    if split == "train" and data.train_size is not None:
+        if data.train_size > source.size:
+            raise ValueError(
+                f"train_size {data.train_size} is more than the {source.size} there are"
+            )
+        source = source._replace(size=data.train_size)
+    if limit is not None:
+        source = source._replace(size=min(source.size, check_count(limit, "num_images")))
+    return source
+
+
+def get_spec(dataset: str, data_dir: Path | None = None, image_size: int | None = None) -> Spec:
+    """Returns the number of classes and the image shape of a data set; decodes no image.
 
     Args:
         dataset: as for `open_source`.
         data_dir: as for `open_source`; not needed for digits, synthetic, cifar10, cifar100 and
             imagenet2012.
+        image_size: as for `open_source`.
 
     Raises:
         ValueError: the data set is unknown, or not where it is looked for.
@@ -48,11 +98,13 @@ def get_spec(dataset: str, data_dir: Path | None = None) -> Spec:
     """
     known = {"digits": digits.SPEC, "synthetic": synthetic.SPEC, **prepared.KNOWN}
     if dataset in known:
-        return known[dataset]
+        spec = known[dataset]
+        fixed = None if dataset in prepared.PHOTOGRAPHIC else spec.image_shape
+        return sized_spec(spec, fixed, image_size)
     root = resolve_data_dir(data_dir)
     if is_folder(dataset):
-        return folder.folder_spec(dataset, root, IMAGE_SIZE)
-    return prepared.prepared_spec(_check_dataset(dataset, root), root, IMAGE_SIZE)
+        return folder.folder_spec(dataset, root, image_size)
+    return prepared.prepared_spec(_check_dataset(dataset, root), root, image_size)
 
 
 def open_source(
@@ -73,47 +125,24 @@ def open_source(
         validation_size: images held out of the training set.
         data_dir: where to look; a TFDS data set in `data_dir/tfds`, then in `data_dir`. None for
             the environment's NADAPTOR_DATA_DIR.
-        image_size: pixels per side of photographs of many shapes; None for 224. Images that are
-            all of one shape have their own size only.
+        image_size: pixels per side of an image in a batch: images that are all of one small shape
+            are averaged down to it, photographs are cropped. None for their own shape, or 224.
 
     Returns:
         The source. Small images of one shape lie in memory, as uint8.
 
     Raises:
-        ValueError: the data set is unknown, not where it is looked for, or damaged. The network
-            is never used.
+        ValueError: the data set is unknown, not where it is looked for, damaged, or of smaller
+            images than `image_size`. The network is never used.
 
     Example:
         >>> open_source("digits", "validation", 150).size
         150
     """
-    size = IMAGE_SIZE if image_size is None else image_size
-    source = _open(dataset, split, validation_size, resolve_data_dir(data_dir), size)
-    if image_size is not None and source.spec.image_shape[:2] != (image_size, image_size):
-        shape = source.spec.image_shape
-        raise ValueError(
-            f"image_size must be left out, not {image_size}: the images of {dataset} are {shape}"
-        )
-    return source
-
-
-def open_split(data: DataConfig, split: SplitName, data_dir: Path | None) -> Source:
-    """Opens a split of a config's data set, with its normalisation, image and training size.
-
-    Raises:
-        ValueError: as `open_source`, or `train_size` is more than there is.
-    """
-    source = open_source(
-        data.dataset, split, data.validation_size, data_dir, image_size=data.image_size
-    )
-    if data.normalization == "imagenet":
-        mean, deviation = PHOTOGRAPHS
-        source = source._replace(spec=source.spec._replace(mean=mean, deviation=deviation))
-    if split != "train" or data.train_size is None:
-        return source
-    if data.train_size > source.size:
-        raise ValueError(f"train_size {data.train_size} is more than the {source.size} there are")
-    return source._replace(size=data.train_size)
+    root = resolve_data_dir(data_dir)
+    if is_folder(dataset):
+        return folder.open_folder(dataset, split, validation_size, root, image_size)
+    return _open(dataset, split, validation_size, root, image_size)
 
 
 def resolve_data_dir(data_dir: Path | None) -> Path | None:
@@ -125,47 +154,6 @@ def resolve_data_dir(data_dir: Path | None) -> Path | None:
 def is_folder(dataset: str) -> bool:
     """Whether the name is of an image folder."""
     return dataset.partition(":")[0] == "folder"
-
-
-def load_split(
-    dataset: str,
-    split: SplitName,
-    validation_size: int,
-    data_dir: Path | None = None,
-    limit: int | None = None,
-) -> Split:
-    """Loads one split whole, normalised: for data sets that fit in memory, or the first of others.
-
-    Args:
-        dataset: as for `open_source`.
-        split: "train" (without the validation images), "validation" or "test".
-        validation_size: images held out of the training set.
-        data_dir: as for `open_source`.
-        limit: images to load; None for all.
-
-    Returns:
-        Images in float32 and labels, in a fixed order.
-
-    Raises:
-        ValueError: as `open_source`.
-
-    Example:
-        >>> load_split("digits", "validation", 150).images.shape
-        (150, 8, 8, 1)
-    """
-    return load_source(open_source(dataset, split, validation_size, data_dir), limit)
-
-
-def load_source(source: Source, limit: int | None = None) -> Split:
-    """Loads a source whole, or its first images, normalised; see `load_split`."""
-    if source.resident:
-        images, labels = (x[:limit] for x in source.resident)
-    else:
-        examples = [source.read(i) for i in range(min(source.size, limit or source.size))]
-        images = np.stack([evaluation_image(e, source.spec.image_shape) for e in examples])
-        labels = np.array([e.label for e in examples], np.int32)
-    mean, deviation = (np.array(c, np.float32) for c in (source.spec.mean, source.spec.deviation))
-    return Split((images - mean) / deviation, labels)
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
@@ -191,7 +179,7 @@ def batch_indices(size: int, seed: int, step: int, batch_size: int) -> np.ndarra
         size: training images.
         seed: of the order.
         step: number of the step, from 0.
-        batch_size: images a batch.
+        batch_size: images per batch.
 
     Returns:
         `batch_size` indices.
@@ -207,32 +195,34 @@ def batch_indices(size: int, seed: int, step: int, batch_size: int) -> np.ndarra
     return _order(size, seed, epoch)[index * batch_size : (index + 1) * batch_size]
 
 
-def batch_at(split: Split, seed: int, step: int, batch_size: int) -> Split:
-    """Returns the batch of one training step from images in memory; see `batch_indices`.
-
-    Raises:
-        ValueError: there are fewer images than one batch holds.
-    """
-    chosen = batch_indices(len(split.labels), seed, step, batch_size)
-    return Split(split.images[chosen], split.labels[chosen])
-
-
 _order = functools.lru_cache(maxsize=4)(permutation)
 
 
 # The cache keeps a set of small images in memory once, however often it is asked for.
 @functools.lru_cache(maxsize=4)
 def _open(
-    dataset: str, split: SplitName, validation_size: int, root: Path | None, image_size: int
+    dataset: str,
+    split: SplitName,
+    validation_size: int,
+    root: Path | None,
+    image_size: int | None,
 ) -> Source:
     if dataset == "digits":
-        return digits.open_digits(split, validation_size)
+        return _averaged(digits.open_digits(split, validation_size), image_size)
     if dataset == "synthetic":
-        return synthetic.open_synthetic(split, validation_size)
-    if is_folder(dataset):
-        return folder.open_folder(dataset, split, validation_size, root, image_size)
+        return _averaged(synthetic.open_synthetic(split, validation_size), image_size)
     name = _check_dataset(dataset, root)
     return prepared.open_prepared(name, split, validation_size, root, image_size)
+
+
+def _averaged(source: Source, image_size: int | None) -> Source:
+    """A source in memory with its images averaged down."""
+    spec = sized_spec(source.spec, source.spec.image_shape, image_size)
+    if spec == source.spec or source.resident is None:
+        return source
+    images, labels = source.resident
+    smaller = np.stack([average_down(image, spec.image_shape) for image in images])
+    return resident_source(spec, Split(smaller, labels), source.identity)
 
 
 def _check_dataset(dataset: str, root: Path | None) -> str:

@@ -4,6 +4,7 @@ A source never hands out another split's images: the test set is opened where an
 it and nowhere else.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ SplitName = Literal["train", "validation", "test"]
 
 
 class Split(NamedTuple):
-    """Images and labels of one part of a data set, or of one batch."""
+    """Images and labels that lie in memory: of a small data set, or of one batch."""
 
     images: np.ndarray  # [N, H, W, C] uint8 as stored, or float32 normalised
     labels: np.ndarray  # [N] int32, 0 to num_classes - 1
@@ -48,6 +49,8 @@ class Source(NamedTuple):
     identity: Mapping[str, Any]  # for the checkpoint: what JSON can hold, "class_names" among it
 
 
+# Characters of a file's name in a message.
+LONGEST_NAME = 240
 # Of photographs, in units of a pixel of 0 to 255; torchvision's, and so of most weights.
 PHOTOGRAPHS = tuple(
     tuple(255 * x for x in c) for c in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -70,6 +73,87 @@ def normalize(images: jax.Array, spec: Spec) -> jax.Array:
     """
     mean, deviation = (jnp.array(c, jnp.float32) for c in (spec.mean, spec.deviation))
     return (jnp.asarray(images).astype(jnp.float32) - mean) / deviation
+
+
+def normalize_array(images: np.ndarray, spec: Spec) -> np.ndarray:
+    """Returns what `normalize` does, in NumPy: for images that go on to the devices as floats.
+
+    Example:
+        >>> spec = Spec(2, (1, 1, 1), mean=(4.0,), deviation=(2.0,))
+        >>> normalize_array(np.full((1, 1, 1), 6, np.uint8), spec).item()
+        1.0
+    """
+    mean, deviation = (np.array(c, np.float32) for c in (spec.mean, spec.deviation))
+    return (images.astype(np.float32) - mean) / deviation
+
+
+def sized_spec(spec: Spec, shape: tuple[int, ...] | None, image_size: int | None) -> Spec:
+    """Returns `spec` with square images of `image_size`.
+
+    Args:
+        spec: of the data set.
+        shape: of its stored images, where all are alike: they can be averaged down only.
+        image_size: pixels per side; None for the spec's own.
+
+    Raises:
+        ValueError: the stored images are smaller, or not square.
+    """
+    if image_size is None:
+        return spec
+    if shape and (shape[0] != shape[1] or image_size > shape[0]):
+        raise ValueError(
+            f"image_size {image_size} cannot be had from images of {shape[1]}x{shape[0]} pixels; "
+            "choose less, of square images"
+        )
+    return spec._replace(image_shape=(image_size, image_size, spec.image_shape[-1]))
+
+
+def printable(name: str) -> str:
+    """Returns a name for a message: odd characters escaped, and cut in the middle where it is long.
+
+    Example:
+        >>> printable("cat\\x1b[2J.png")
+        'cat\\\\x1b[2J.png'
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return shown if len(shown) <= LONGEST_NAME else f"{shown[:100]}...{shown[-100:]}"
+
+
+def check_identity(source: Source, known: Mapping[str, Any]) -> Source:
+    """Returns `source`, if it is of the data that a network was trained on.
+
+    Args:
+        source: a split, as it is stored now.
+        known: what a checkpoint's card says of its data: the `identity` of its training images.
+
+    Raises:
+        ValueError: the classes or the training files differ, so that a label may mean another
+            class; the message says which.
+
+    Example:
+        >>> from nadaptor.data.digits import open_digits
+        >>> source = open_digits("test", 150)
+        >>> check_identity(source, source.identity).size
+        450
+    """
+    found, name = source.identity, printable(str(source.identity["dataset"]))
+    remedy = "use the data of its training, see --data-dir"
+    for i, pair in enumerate(
+        itertools.zip_longest(found["class_names"], known.get("class_names", ()), fillvalue=None)
+    ):
+        if "class_names" in known and pair[0] != pair[1]:
+            here, trained = ("none" if c is None else repr(printable(c)) for c in pair)
+            raise ValueError(
+                f"class {i} of data set {name} is {here}, and was {trained} when the network was "
+                f"trained; {remedy}"
+            )
+    for field, what in (("files_digest", "names of the training files"), ("version", "version")):
+        if field in known and known[field] != found.get(field):
+            raise ValueError(
+                f"the {what} of data set {name} is not what the network was trained on "
+                f"({str(found.get(field))[:12]}, and was {str(known[field])[:12]}); {remedy}"
+            )
+    return source
 
 
 def resident_source(spec: Spec, split: Split, identity: Mapping[str, Any]) -> Source:

@@ -1,6 +1,5 @@
 """Data sets that TFDS has prepared as array_record, read with no TensorFlow and no network."""
 
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from nadaptor.data.codec import decode
+from nadaptor.data.crops import IMAGE_SIZE, average_down
 from nadaptor.data.source import (
     PHOTOGRAPHS,
     Example,
@@ -19,10 +20,12 @@ from nadaptor.data.source import (
     Split,
     SplitName,
     hold_out,
+    printable,
     resident_source,
+    sized_spec,
 )
 
-# Mean and deviation of each channel over the training set, as shares of 255.
+# Mean and standard deviation of each channel over the training set, as fractions of 255.
 _STATISTICS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = MappingProxyType(
     {
         "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -51,6 +54,10 @@ KNOWN: Mapping[str, Spec] = MappingProxyType(
         "imagenet2012": _spec("imagenet2012", 1000, (224, 224, 3)),
     }
 )
+
+
+# Known ones whose images are of all sizes.
+PHOTOGRAPHIC = ("imagenet2012",)
 
 
 def find_prepared(dataset: str, data_dir: Path | None) -> Path | None:
@@ -83,22 +90,22 @@ def how_to_prepare(dataset: str, data_dir: Path | None) -> str:
     return message
 
 
-def prepared_spec(dataset: str, data_dir: Path | None, image_size: int) -> Spec:
+def prepared_spec(dataset: str, data_dir: Path | None, image_size: int | None) -> Spec:
     """Returns the number of classes and image shape of a prepared data set; reads no image.
 
     Raises:
-        ValueError: it is not prepared, or not of images with one label each.
+        ValueError: it is not prepared, not of images with one label each, or its images are
+            smaller than `image_size`.
     """
-    builder = _builder(dataset, data_dir)
-    image_key, label_key = _keys(dataset, builder.info.features)
-    features = builder.info.features
+    features = _builder(dataset, data_dir).info.features
+    image_key, label_key = _keys(dataset, features)
     name = dataset.partition(":")[0]
-    if name in KNOWN:
-        return KNOWN[name]
     shape = features[image_key].shape
-    if None in shape[:2]:
-        shape = (image_size, image_size, 3)
-    return _spec(name, features[label_key].num_classes, shape)
+    if name in KNOWN:
+        return sized_spec(KNOWN[name], None if None in shape[:2] else shape, image_size)
+    fixed = None if None in shape[:2] else shape
+    spec = _spec(name, features[label_key].num_classes, fixed or (IMAGE_SIZE, IMAGE_SIZE, 3))
+    return sized_spec(spec, fixed, image_size)
 
 
 def open_prepared(
@@ -106,7 +113,7 @@ def open_prepared(
     split: SplitName,
     validation_size: int,
     data_dir: Path | None,
-    image_size: int,
+    image_size: int | None = None,
 ) -> Source:
     """Opens one split of a prepared data set.
 
@@ -115,14 +122,15 @@ def open_prepared(
         split: "train", "validation", held out of the stored training set, or "test".
         validation_size: images held out.
         data_dir: where it lies; see `find_prepared`.
-        image_size: pixels of each side of an image in a batch, where they are not all of one shape.
+        image_size: pixels per side of an image in a batch: images that are all of one shape are
+            averaged down to it, others cropped. None for their own shape, or 224.
 
     Returns:
         The source; with its images in memory, where they are small.
 
     Raises:
-        ValueError: it is not prepared as array_record, lacks the split, or is not of images with
-            one label each.
+        ValueError: it is not prepared as array_record, lacks the split, is not of images with one
+            label each, or its files hold another number of records than its info says.
     """
     import tensorflow_datasets as tfds
 
@@ -131,12 +139,18 @@ def open_prepared(
     image_key, label_key = _keys(dataset, info.features)
     stored = "train" if split != "test" else _test_split(dataset, info.splits)
     chosen = hold_out(info.splits[stored].num_examples, validation_size, split)
+    _check_count(info.splits[stored], f"{dataset} {stored}")
     records = builder.as_data_source(stored, decoders={image_key: tfds.decode.SkipDecoding()})
+    shape = info.features[image_key].shape
+    fixed = None not in shape[:2]
 
     def read(index: int) -> Example:
-        record = records[int(chosen[index])]
         name = f"{dataset} {stored} {chosen[index]}"
-        return Example(record[image_key], _check_label(record[label_key], name), name)
+        record = _read_records(records, [int(chosen[index])], name)[0]
+        image = record[image_key]
+        if fixed:
+            image = average_down(_decode(image, shape, name), spec.image_shape)
+        return Example(image, _check_label(record[label_key], name), name)
 
     identity = {
         "dataset": dataset,
@@ -145,10 +159,9 @@ def open_prepared(
         "version": str(info.version),
         "num_stored": info.splits[stored].num_examples,
     }
-    shape = info.features[image_key].shape
-    if None in shape or len(chosen) * np.prod(shape) > RESIDENT_BYTES:
+    if not fixed or len(chosen) * np.prod(spec.image_shape) > RESIDENT_BYTES:
         return Source(spec, len(chosen), read, None, identity)
-    images = _load_all(records, chosen, (image_key, label_key), shape)
+    images = _load_all(records, chosen, (image_key, label_key), shape, spec.image_shape)
     return resident_source(spec, images, identity)
 
 
@@ -163,16 +176,94 @@ def _builder(dataset: str, data_dir: Path | None) -> Any:
     path = find_prepared(dataset, data_dir)
     if path is None:
         raise ValueError(how_to_prepare(dataset, data_dir))
-    stored = json.loads((path / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    stored = _read_json(path / "dataset_info.json").get("fileFormat", "tfrecord")
     if stored != "array_record":
         raise ValueError(
             f"{path} is stored as {stored}, which cannot be read at random; with TensorFlow "
             f"installed, convert it with: tfds convert_format --dataset_dir {path} "
             f"--out_file_format array_record --out_path {path}"
         )
+    _check_features(_read_json(path / "features.json"), path / "features.json")
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(path)
+    try:
+        return tfds.builder_from_directory(path)
+    # Whatever TFDS raises on files that it does not expect.
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {_first_line(error)}; {_PREPARE}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; {_PREPARE}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {_first_line(error)}; {_PREPARE}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no object; {_PREPARE}")
+    return found
+
+
+def _check_features(found: Any, path: Path) -> None:
+    """Refuses a feature of a class that is not TFDS's own: TFDS would import the class's module."""
+    if isinstance(found, list):
+        for item in found:
+            _check_features(item, path)
+    if not isinstance(found, dict):
+        return
+    for key, value in found.items():
+        if key == "json" and isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {_first_line(error)}; {_PREPARE}") from error
+        named = key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str)
+        if named and "." in value and not value.startswith("tensorflow_datasets."):
+            raise ValueError(
+                f"{path} names the feature class {printable(value)}, which is not one of TFDS's; "
+                "only data sets of TFDS's own features are read"
+            )
+        _check_features(value, path)
+
+
+def _check_count(split: Any, name: str) -> None:
+    """Refuses files that hold another number of records than the info states."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    count = 0
+    for path in split.filepaths:
+        try:
+            count += ArrayRecordReader(str(path)).num_records()
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read: {_first_line(error)}; {_PREPARE}") from error
+    if count != split.num_examples:
+        raise ValueError(
+            f"{name} holds {count} records, where its info says {split.num_examples}; {_PREPARE}"
+        )
+
+
+def _read_records(records: Any, indices: list[int], name: str) -> Any:
+    try:
+        return records.__getitems__(indices)
+    # Whatever the reader and the parser raise on damaged bytes.
+    except Exception as error:
+        raise ValueError(f"{name} is damaged: {_first_line(error)}; {_PREPARE}") from error
+
+
+def _decode(data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """The pixels of an image file whose shape is known."""
+    pixels = decode(data, name)
+    if pixels.shape[:2] != shape[:2]:
+        raise ValueError(
+            f"{name} has {pixels.shape[1]}x{pixels.shape[0]} pixels, where its info says "
+            f"{shape[1]}x{shape[0]}; {_PREPARE}"
+        )
+    return pixels[..., : shape[2]]
+
+
+def _first_line(error: Exception) -> str:
+    return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _keys(dataset: str, features: Any) -> tuple[str, str]:
@@ -188,6 +279,8 @@ def _keys(dataset: str, features: Any) -> tuple[str, str]:
             f"{dataset} is not a data set of images with one label each; it holds "
             f"{', '.join(features)}"
         )
+    if (channels := features[found[0][0]].shape[-1]) not in (1, 3):
+        raise ValueError(f"{dataset} has images of {channels} channels; 1 or 3 can be read")
     return found[0][0], found[1][0]
 
 
@@ -206,22 +299,30 @@ def _check_label(label: Any, name: str) -> int:
     return int(label)
 
 
-def _load_all(records: Any, chosen: np.ndarray, keys: tuple[str, str], shape: Any) -> Split:
+def _load_all(
+    records: Any,
+    chosen: np.ndarray,
+    keys: tuple[str, str],
+    stored: tuple[int, ...],
+    shape: tuple[int, int, int],
+) -> Split:
     """Reads small images into memory, in the order of `chosen`."""
-    from PIL import Image
-
     images, labels = np.empty((len(chosen), *shape), np.uint8), np.empty(len(chosen), np.int32)
     # Neighbours on disk are compressed together: read in their order, three times as fast.
     order = np.argsort(chosen)
 
     def load(places: np.ndarray) -> None:
-        found = records.__getitems__([int(i) for i in chosen[places]])
+        name = f"one of examples {chosen[places].min()} to {chosen[places].max()}"
+        found = _read_records(records, [int(i) for i in chosen[places]], name)
         for place, record in zip(places, found, strict=True):
-            image = Image.open(io.BytesIO(record[keys[0]]))
-            images[place] = np.asarray(image).reshape(shape)
-            labels[place] = _check_label(record[keys[1]], f"example {chosen[place]}")
+            name = f"example {chosen[place]}"
+            images[place] = average_down(_decode(record[keys[0]], stored, name), shape)
+            labels[place] = _check_label(record[keys[1]], name)
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(load, np.array_split(order, -(-len(order) // 1000))):
             pass
     return Split(images, labels)
+
+
+_PREPARE = "prepare the data set again"

@@ -1,57 +1,84 @@
-"""Accuracy on a split: of the trained network, noisy and not, and of the spiking one at every t."""
+"""Accuracy on a split: of the trained network, noisy or not, and of the spiking one at every t.
 
+Both read the split's evaluation batches as they are stored, and normalise on the devices: memory
+does not grow with the number of images.
+"""
+
+import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nadaptor import simulate, spiking
 from nadaptor._checks import check_count
 from nadaptor.configs.inference import PLAIN, Inference
-from nadaptor.data.registry import Split
+from nadaptor.data.loader import Batch, evaluation_batches
+from nadaptor.data.source import Source, Spec, normalize
 from nadaptor.early_exit import early_exit
+from nadaptor.parallel import AXIS, Devices
 
+# Images per device and batch.
 BATCH_SIZE = 128
 
 
 class SpikingAccuracy(NamedTuple):
     """What a simulation of T steps over a split gives."""
 
-    accuracy: list[float]  # at index t - 1, the share that is right after t steps
+    accuracy: list[float]  # at index t - 1, the fraction that is right after t steps
     spikes_per_neuron: dict[str, float]  # a layer: mean over its neurons and the images, in T steps
     early_exit: list[dict[str, float]]  # a threshold each: `confidence`, `accuracy`, `mean_steps`
 
 
 def ann_accuracy(
-    model: nn.Module, variables: Any, split: Split, noise_key: jax.Array | None = None
+    model: nn.Module,
+    variables: Any,
+    source: Source,
+    noise_key: jax.Array | None = None,
+    devices: Devices | None = None,
 ) -> float:
-    """Returns the share of a split that the trained network classifies correctly.
+    """Returns the fraction of a split that the trained network classifies correctly.
+
+    Every process reads its own part of each batch; all get the same answer.
 
     Args:
-        model: the network, with batch norm or folded.
-        variables: its variables.
-        split: images and labels.
+        model: the network for one device, with batch norm or folded.
+        variables: its variables, on the host or anywhere.
+        source: the split.
         noise_key: None for the deterministic network; a typed PRNG key, consumed, to have the noise
             on in the layers that have one.
+        devices: where to run; None for the first of this process.
 
     Returns:
-        A share, 0 to 1.
+        A fraction, 0 to 1.
+
+    Raises:
+        ValueError: a file is damaged.
     """
+    devices = devices or Devices(tuple(jax.local_devices()[:1]), 0, 1)
+    mesh = Mesh(np.array(devices.local), (AXIS,))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
+    variables = jax.device_put(jax.device_get(variables), whole)
     right = 0
-    for i, (images, labels) in enumerate(_batches(split)):
-        key = None if noise_key is None else jax.random.fold_in(noise_key, i)
-        right += int(_count_right(model, variables, images, labels, key))
-    return right / len(split.labels)
+    for batch in _batches(source, devices.total, devices):
+        key = None
+        if noise_key is not None:
+            step_key = jax.random.fold_in(noise_key, batch.step)
+            key = jax.device_put(jax.random.fold_in(step_key, devices.process_index), whole)
+        images, labels = (jax.device_put(x, split) for x in (batch.images, batch.labels))
+        right += int(_count_right(model, source.spec, variables, images, labels, key))
+    return _over_processes(right, devices) / source.size
 
 
 def snn_accuracy(
     model: nn.Module,
     variables: Any,
-    split: Split,
+    source: Source,
     num_steps: int,
     steps_per_chunk: int | None = None,
     inference: Inference = PLAIN,
@@ -59,12 +86,13 @@ def snn_accuracy(
 ) -> SpikingAccuracy:
     """Returns the accuracy of the spiking network at every t up to T, from one run.
 
-    The images are simulated on all local devices, equal parts of a batch on each.
+    The images are simulated on all local devices, equal parts of a batch on each. On a terminal, a
+    bar shows how far it is.
 
     Args:
         model: the folded network with quantized activations, which treats images independently.
         variables: its variables.
-        split: images and labels.
+        source: the split.
         num_steps: T.
         steps_per_chunk: time steps folded into one evaluation; None for what suits the machine. See
             `nadaptor.simulate`.
@@ -76,60 +104,81 @@ def snn_accuracy(
         Accuracy at t = 1 to T, spikes for each layer, and the price and accuracy of early exit.
 
     Raises:
-        ValueError: a count is not a positive int, or the network cannot be converted.
+        ValueError: a count is not a positive int, the network cannot be converted, or a file is
+            damaged.
     """
     num_steps = check_count(num_steps, "num_steps")
-    right, spikes = np.zeros(num_steps, np.int64), 0.0
-    stops = np.asarray(confidences, np.float32)
+    spec, stops = source.spec, np.asarray(confidences, np.float32)
+    one = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
+    layers = spiking(model.apply, variables, one).layers
+    variables = jax.device_put(variables)
+    right, spikes = np.zeros(num_steps, np.int64), np.zeros(len(layers))
     exits = np.zeros((2, len(stops)), np.int64)
-    for images, labels in _batches(split, jax.local_device_count()):
+    for batch in _batches(source, jax.local_device_count()):
         hits, counts, stopped = _simulate_batch(
             model,
             variables,
-            images,
-            labels,
+            batch.images,
+            batch.labels,
             stops,
+            spec=spec,
             num_steps=num_steps,
             steps_per_chunk=steps_per_chunk,
             inference=inference,
         )
         right, spikes = right + np.asarray(hits), spikes + np.asarray(counts, np.float64)
         exits = exits + np.asarray(stopped)
-    one = jax.ShapeDtypeStruct((1, *split.images.shape[1:]), jnp.float32)
-    layers = spiking(model.apply, variables, one).layers
-    neurons = np.array([np.prod(layer.shape) for layer in layers])
-    means = spikes / (neurons * len(split.labels))
+    means = spikes / (np.array([np.prod(layer.shape) for layer in layers]) * source.size)
     named = {layer.name: float(mean) for layer, mean in zip(layers, means, strict=True)}
     rows = [
         {"confidence": float(c), "accuracy": float(a), "mean_steps": float(s)}
-        for c, a, s in zip(confidences, *(exits / len(split.labels)), strict=True)
+        for c, a, s in zip(confidences, *(exits / source.size), strict=True)
     ]
-    return SpikingAccuracy((right / len(split.labels)).tolist(), named, rows)
+    return SpikingAccuracy((right / source.size).tolist(), named, rows)
 
 
-def _batches(split: Split, parts: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of one size, so that one compiled program serves all; a label of -1 is padding.
-
-    They divide into equal parts.
-    """
-    size = parts * -(-min(BATCH_SIZE, len(split.labels)) // parts)
-    for start in range(0, len(split.labels), size):
-        images, labels = (x[start : start + size] for x in split)
-        missing = size - len(labels)
-        padding = [(0, missing)] + [(0, 0)] * (images.ndim - 1)
-        yield np.pad(images, padding), np.pad(labels, (0, missing), constant_values=-1)
+def _batches(source: Source, parts: int, devices: Devices | None = None) -> Iterator[Batch]:
+    """Evaluation batches of one size, so that one program serves all, which divides into parts."""
+    size = parts * min(BATCH_SIZE, -(-source.size // parts))
+    index, count = (devices.process_index, devices.process_count) if devices else (0, 1)
+    stream = evaluation_batches(source, size, process_index=index, process_count=count)
+    return _shown(stream, -(-source.size // size), hidden=index > 0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+def _shown(stream: Generator[Batch], total: int, hidden: bool) -> Generator[Batch, None, None]:
+    """The batches, with a bar on a terminal from the second on."""
+    from tqdm import tqdm
+
+    with contextlib.closing(stream):
+        # None hides the bar where there is no terminal.
+        hide = True if hidden or total < 2 else None
+        yield from tqdm(stream, total=total, unit="batch", leave=False, disable=hide)
+
+
+def _over_processes(count: int, devices: Devices) -> int:
+    if devices.process_count == 1:
+        return count
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.array(count)).sum())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _count_right(
-    model: nn.Module, variables: Any, images: jax.Array, labels: jax.Array, key: jax.Array | None
+    model: nn.Module,
+    spec: Spec,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array | None,
 ) -> jax.Array:
-    logits: Any = model.apply(variables, images, rngs=None if key is None else {"noise": key})
+    rngs = None if key is None else {"noise": key}
+    logits: Any = model.apply(variables, normalize(images, spec), rngs=rngs)
     return (logits.argmax(-1) == labels).sum()
 
 
 @functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("num_steps", "steps_per_chunk", "inference")
+    jax.jit, static_argnums=0, static_argnames=("spec", "num_steps", "steps_per_chunk", "inference")
 )
 def _simulate_batch(
     model: nn.Module,
@@ -138,6 +187,7 @@ def _simulate_batch(
     labels: jax.Array,
     confidences: jax.Array,
     *,
+    spec: Spec,
     num_steps: int,
     steps_per_chunk: int | None,
     inference: Inference,
@@ -146,7 +196,7 @@ def _simulate_batch(
     sim = simulate(
         model.apply,
         variables,
-        images,
+        normalize(images, spec),
         num_steps=num_steps,
         steps_per_chunk=steps_per_chunk,
         neuron=inference.neuron,

@@ -8,11 +8,13 @@ import jax
 
 from nadaptor._checks import check_count
 from nadaptor._files import write_csv, write_json
-from nadaptor.configs.build import build_model, config_split
+from nadaptor.checkpoints.checkpoint import load_card
+from nadaptor.configs.build import build_model
 from nadaptor.configs.config import Config, replace, to_json
 from nadaptor.configs.inference import PLAIN, Inference
 from nadaptor.conversion.convert import class_count, load_snn
-from nadaptor.data.registry import Split
+from nadaptor.data.registry import open_split
+from nadaptor.data.source import Source
 from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
 from nadaptor.models.config import ACTIVATIONS
 from nadaptor.reports.plots import Curve, plot_accuracy
@@ -46,21 +48,23 @@ def simulate_checkpoint(
         cannot have it) and off; `accuracy`, the spiking network's at t = 1 to T;
         `spikes_per_neuron` of each layer in T steps; `early_exit`, accuracy and mean number of
         steps where images stop once they are confident; `config`, `split`, `num_images`,
-        `num_steps` and `total_steps`, the correction's included. Accuracies are shares, 0 to 1.
+        `num_steps` and `total_steps`, the correction's included. Accuracies are fractions, 0 to 1.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or `num_steps` is below 1.
+        ValueError: there is no such checkpoint, it is damaged, `num_steps` is below 1, or the data
+            set's classes or files are not those that the network was trained on.
     """
     check_count(num_steps, "num_steps")
     model, variables, config = load_snn(checkpoint)
-    images = config_split(config, split, data_dir, num_images)
+    known = load_card(checkpoint, "snn").get("data")
+    images = open_split(config.data, split, data_dir, num_images, known)
     result = snn_accuracy(
         model, variables, images, num_steps, inference=inference, confidences=CONFIDENCES
     )
     return {
         "config": to_json(config),
         "split": split,
-        "num_images": len(images.labels),
+        "num_images": images.size,
         "num_steps": num_steps,
         "total_steps": inference.total_steps(num_steps),
         "ann_noisy": noisy_accuracy(config, variables, images),
@@ -86,16 +90,16 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
     for name in ("ann_noisy", "ann_deterministic"):
         if report[name] is not None:
             print(f"{name:>20} {percent(report[name])}")
-    for t, share in enumerate(accuracy, start=1):
-        print(f"{f'T = {t}':>20} {percent(share)}")
+    for t, fraction in enumerate(accuracy, start=1):
+        print(f"{f'T = {t}':>20} {percent(fraction)}")
     for layer, spikes in report["spikes_per_neuron"].items():
-        print(f"{layer:>20} {spikes:.3f} spikes a neuron in {len(accuracy)} steps")
+        print(f"{layer:>20} {spikes:.3f} spikes per neuron in {len(accuracy)} steps")
     print(f"{'network steps':>20} {report['total_steps']}, {len(accuracy)} of them counted")
     print(f"\nEarly exit\n\n{markdown([_exit_row(row) for row in report['early_exit']])}")
     print(f"written: {out}")
 
 
-def noisy_accuracy(config: Config, variables: Any, images: Split) -> float | None:
+def noisy_accuracy(config: Config, variables: Any, images: Source) -> float | None:
     """Accuracy with the noise on, where the network has step sizes for it."""
     if ACTIVATIONS[config.quantizer.activation].converts_as != "lsq":
         return None

@@ -5,6 +5,7 @@ converted network is trained on what it does in its first T steps, spikes and al
 weights, the biases and the thresholds learn.
 """
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -19,8 +20,11 @@ from nadaptor import IntegrateAndFire, simulate
 from nadaptor._checks import check_count
 from nadaptor._files import making
 from nadaptor.checkpoints.checkpoint import load_card, save_checkpoint
+from nadaptor.configs.config import to_json
 from nadaptor.conversion.convert import load_snn
-from nadaptor.data.registry import batch_at, load_split, steps_per_epoch
+from nadaptor.data.loader import batches
+from nadaptor.data.registry import open_split, steps_per_epoch
+from nadaptor.data.source import Spec, normalize
 from nadaptor.errors import RunError
 from nadaptor.models import project_scales
 from nadaptor.neurons import rectangle
@@ -57,49 +61,58 @@ def digits_na_finetuned() -> FineTuning:
 
 
 @making("out")
-def fine_tune(source: Path, out: Path, tuning: FineTuning) -> list[float]:
+def fine_tune(
+    source: Path, out: Path, tuning: FineTuning, data_dir: Path | None = None
+) -> list[float]:
     """Trains a converted network through its first T time steps, and writes the result.
 
     Args:
         source: folder that `convert` wrote.
         out: folder to make; `load_snn` and `simulate_checkpoint` read it.
         tuning: the run.
+        data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
 
     Returns:
         The mean loss of each epoch.
 
     Raises:
-        ValueError: there is no such checkpoint, a count is not a positive int, or `out` exists.
+        ValueError: there is no such checkpoint, a count is not a positive int, `out` exists, or the
+            data set's classes or files are not those that the network was trained on.
         RunError: the loss is not finite; nothing is written.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; choose another --out or remove it")
     model, variables, config = load_snn(source)
-    images = load_split(config.data.dataset, "train", config.data.validation_size)
+    parent = load_card(source, "snn")
+    images = open_split(config.data, "train", data_dir, known=parent.get("data"))
     size = check_count(tuning.batch_size, "batch_size")
-    epoch_steps = steps_per_epoch(len(images.labels), size)
+    epoch_steps = steps_per_epoch(images.size, size)
     total = check_count(tuning.epochs, "epochs") * epoch_steps
     schedule = optax.cosine_decay_schedule(tuning.learning_rate, total)
     optimizer = optax.sgd(schedule, momentum=tuning.momentum)
     params = jax.tree.map(jnp.asarray, variables["params"])
     opt_state = optimizer.init(params)
     update = jax.jit(
-        functools.partial(_update, model, optimizer, check_count(tuning.num_steps, "num_steps")),
+        functools.partial(
+            _update, model, optimizer, check_count(tuning.num_steps, "num_steps"), images.spec
+        ),
         donate_argnums=(0, 1),
     )
     losses = []
-    for step in range(total):
-        batch = batch_at(images, tuning.seed, step, size)
-        params, opt_state, loss = update(params, opt_state, *batch)
-        losses.append(float(loss))
-        if not jnp.isfinite(loss):
-            raise RunError(f"the loss is {loss} at step {step}; lower the learning rate")
+    stream = batches(images, "none", tuning.seed, size, stop_step=total)
+    with contextlib.closing(stream):
+        for batch in stream:
+            params, opt_state, loss = update(params, opt_state, batch.images, batch.labels)
+            losses.append(float(loss))
+            if not jnp.isfinite(loss):
+                raise RunError(f"the loss is {loss} at step {batch.step}; lower the learning rate")
     means = [
         sum(losses[i : i + epoch_steps]) / epoch_steps for i in range(0, total, epoch_steps)
     ]
     card = {
-        "config": dataclasses.asdict(config),
-        "parent": load_card(source, "snn")["card_digest"],
+        "config": to_json(config),
+        "parent": parent["card_digest"],
+        "data": parent.get("data"),
         "fine_tuning": dataclasses.asdict(tuning),
         "losses": means,
     }
@@ -146,13 +159,14 @@ def _update(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     num_steps: int,
+    spec: Spec,
     params: Any,
     opt_state: Any,
     images: jax.Array,
     labels: jax.Array,
 ) -> tuple[Any, Any, jax.Array]:
     loss, grads = jax.value_and_grad(
-        lambda params: time_loss(model, params, images, labels, num_steps)
+        lambda params: time_loss(model, params, normalize(images, spec), labels, num_steps)
     )(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return project_scales(optax.apply_updates(params, updates)), opt_state, loss

@@ -19,7 +19,7 @@ from nadaptor.configs.config import Config, from_json, to_json
 from nadaptor.configs.named import INHERITED, parent_of
 from nadaptor.data.registry import open_split
 from nadaptor.errors import Interrupted
-from nadaptor.evaluation.measure import source_accuracy
+from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.parallel import agree, start_processes
 from nadaptor.reports.tables import percent
 from nadaptor.training.feed import open_feed
@@ -97,7 +97,7 @@ def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> Evalu
         variables, card = load_checkpoint(origin, "ann")
         _check_config(origin, card, config, to_json(config))
     test = open_split(config.data, "test", options.data_dir)
-    accuracy = source_accuracy(run.model, variables, test, run.devices)
+    accuracy = ann_accuracy(run.model, variables, test, devices=run.devices)
     return Evaluation(accuracy, config, test.size, origin)
 
 
@@ -141,7 +141,7 @@ def fit(
                     log.step(step, loss, accuracy, rate, config.step.batch_size)
             if epoch_ends:
                 variables = jax.device_get(state.variables)
-                accuracy = source_accuracy(run.model, variables, run.validation, devices)
+                accuracy = ann_accuracy(run.model, variables, run.validation, devices=devices)
                 rows.append(epoch_row(tally, done, rate, accuracy))
                 log.epoch(rows)
                 tally = EMPTY._replace(high_since=tally.high_since)

@@ -17,7 +17,7 @@ import optax
 from nadaptor._checks import check_count
 from nadaptor.configs.build import build_model, build_optimizer
 from nadaptor.configs.config import Config, check_config, to_json
-from nadaptor.data.augmentation import prepare_batch
+from nadaptor.data.augmentation import augment_batch
 from nadaptor.data.loader import Batch, batches, part_of, step_indices
 from nadaptor.data.registry import open_split, steps_per_epoch
 from nadaptor.data.source import Source
@@ -158,7 +158,7 @@ def first_state(run: Run, pretrained: Any | None) -> TrainState:
     first = next(stream)
     stream.close()
     spec = run.images.spec
-    images = jax.jit(lambda k, x: prepare_batch(k, x, spec, config.step.augmentation))(
+    images = jax.jit(lambda k, x: augment_batch(k, x, spec, config.step.augmentation))(
         keys.first_batch, first.images
     )
     return init_state(

@@ -11,7 +11,7 @@ import optax
 
 from nadaptor.configs.build import build_model, build_optimizer
 from nadaptor.configs.config import Config, StepConfig
-from nadaptor.data.augmentation import prepare_batch
+from nadaptor.data.augmentation import augment_batch
 from nadaptor.data.source import Spec
 from nadaptor.models import project_scales
 from nadaptor.training.state import TrainState
@@ -40,7 +40,7 @@ def build_step(
         axis_name: mapped axis over which the batch is split.
 
     Returns:
-        `step(state, images, labels, key)`, a pure function: `prepare_batch`, then `train_step`. The
+        `step(state, images, labels, key)`, a pure function: `augment_batch`, then `train_step`. The
         same arguments give the same function, for jit to know it again.
     """
     model = build_model(config, axis_name, num_classes=spec.num_classes)
@@ -172,7 +172,7 @@ def _step(
     spec: Spec,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     def prepare(key: jax.Array, images: jax.Array, first: jax.Array | int) -> jax.Array:
-        return prepare_batch(key, images, spec, config.augmentation, first)
+        return augment_batch(key, images, spec, config.augmentation, first)
 
     return functools.partial(
         train_step, model, optimizer, config=config, axis_name=axis_name, prepare=prepare

@@ -3,14 +3,16 @@ import json
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 import nadaptor
 from nadaptor.checkpoints.checkpoint import load_checkpoint
 from nadaptor.conversion import convert as conversion
 from nadaptor.conversion.identities import Check, check_conversion
-from nadaptor.data.registry import load_split
-from nadaptor.models import Lsq, create, fold_batch_norm
+from nadaptor.data.loader import load_images
+from nadaptor.data.registry import open_source
+from nadaptor.models import Lsq, create, fold_batch_norm, is_scale
 from nadaptor.training import RunError, convert, load_snn
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def network(levels):
     """A network with random weights, folded and not, and a batch."""
-    images = load_split("digits", "validation", 150).images[:16]
+    images = load_images(open_source("digits", "validation", 150)).images[:16]
     activation = functools.partial(Lsq, levels=levels)
     model, folded = (
         create("digits_resnet8", 10, activation=activation, **norm) for norm in ({}, {"norm": None})
@@ -70,17 +72,25 @@ def test_the_card_says_what_the_spiking_network_is(runs):
     assert (card["model"], card["levels"]) == ("digits_resnet8", 2)
     assert card["source"] == source["card_digest"]
     assert card["config"] == source["config"]
+    assert card["data"] == source["data"]
     assert [check["holds"] for check in card["checks"]] == [True] * 6
 
 
 def test_the_loaded_network_simulates_and_is_the_quantized_network_at_one_step(runs):
     model, variables, config = load_snn(runs / "digits_na" / "snn")
     assert config.name == "digits_na"
-    images = load_split("digits", "validation", 150).images[:4]
+    images = load_images(open_source("digits", "validation", 150)).images[:4]
     layers = nadaptor.spiking(model.apply, variables, images).layers
-    assert [layer.levels for layer in layers] == [2] * 7
-    sim = nadaptor.simulate(model.apply, variables, images, num_steps=2)
-    chex.assert_shape(sim.outputs, (2, 4, 10))
+    assert [layer.threshold for layer in layers] == [2] * 7
+    sim = jax.jit(lambda v, x: nadaptor.simulate(model.apply, v, x, num_steps=2))(variables, images)
+    # At one step a neuron is a quantizer with one level of height p*s.
+    one_level = model.clone(activation=functools.partial(Lsq, levels=1))
+    doubled = jax.tree_util.tree_map_with_path(
+        lambda path, x: 2 * x if is_scale(path) else x, variables
+    )
+    wanted = jax.jit(one_level.apply)(doubled, images)
+    chex.assert_trees_all_close(sim.outputs[0], wanted, atol=1e-4)
+    assert np.abs(np.asarray(sim.outputs[1] - sim.outputs[0])).max() > 0
 
 
 def test_a_failing_check_writes_nothing(runs, tmp_path, monkeypatch):
@@ -96,6 +106,6 @@ def test_bad_input_is_refused(runs, tmp_path):
         convert(runs / "digits_relu" / "checkpoint", tmp_path / "snn")
     with pytest.raises(ValueError, match="exists already"):
         convert(runs / "digits_na" / "checkpoint", runs / "digits_na" / "snn")
-    with pytest.raises(ValueError, match="num_images must be at least 2"):
-        convert(runs / "digits_na" / "checkpoint", tmp_path / "snn", num_images=1)
+    with pytest.raises(ValueError, match="num_images must be at least 16, not 15"):
+        convert(runs / "digits_na" / "checkpoint", tmp_path / "snn", num_images=15)
     assert list(tmp_path.iterdir()) == []

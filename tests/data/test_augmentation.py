@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from nadaptor.data.augmentation import crop_and_flip, cutout, prepare_batch
+from nadaptor.data.augmentation import augment_batch, crop_and_flip, cutout
 from nadaptor.data.autoaugment import (
     FILL,
     OPERATIONS,
@@ -134,7 +134,7 @@ def test_cutout_clears_one_square_and_is_cut_at_the_border():
 @pytest.mark.parametrize("augmentation", ["crop_flip", "autoaugment"])
 def test_an_example_is_augmented_by_its_place_in_the_whole_batch(augmentation):
     images = RNG.integers(0, 256, (8, 32, 32, 3), np.uint8)
-    prepare = jax.jit(prepare_batch, static_argnums=(2, 3))
+    prepare = jax.jit(augment_batch, static_argnums=(2, 3))
     key = jax.random.key(4)
     whole = prepare(key, images, SPEC, augmentation)
     parts = [prepare(key, images[i : i + 4], SPEC, augmentation, i) for i in (0, 4)]
@@ -146,7 +146,7 @@ def test_none_normalises_alone_whatever_the_key():
     images = RNG.integers(0, 256, (2, 32, 32, 3), np.uint8)
     wanted = (images - np.array(SPEC.mean)) / np.array(SPEC.deviation)
     for augmentation in ("none", "random_resized_crop"):
-        found = prepare_batch(jax.random.key(0), images, SPEC, augmentation)
+        found = augment_batch(jax.random.key(0), images, SPEC, augmentation)
         chex.assert_trees_all_close(found, wanted.astype(np.float32), atol=1e-6)
 
 
@@ -154,6 +154,6 @@ def test_bad_input_is_named():
     grey = np.zeros((1, 8, 8, 1), np.uint8)
     spec = Spec(10, (8, 8, 1), (0.0,), (1.0,))
     with pytest.raises(ValueError, match="needs RGB images, not 1 channels"):
-        prepare_batch(jax.random.key(0), grey, spec, "autoaugment")
+        augment_batch(jax.random.key(0), grey, spec, "autoaugment")
     with pytest.raises(ValueError, match=r"augmentation must be one of none, .*, not 'flip'"):
-        prepare_batch(jax.random.key(0), grey, spec, "flip")
+        augment_batch(jax.random.key(0), grey, spec, "flip")

@@ -1,4 +1,6 @@
 import io
+import json
+import shutil
 import socket
 
 import chex
@@ -126,3 +128,23 @@ def test_the_network_is_never_asked(data_dir, monkeypatch):
     assert open_source("icons", "train", 5, data_dir).size == 7
     with pytest.raises(ValueError, match="prepare it with"):
         open_source("cifar10", "train", 5, data_dir)
+
+
+def test_files_of_another_split_in_its_place_are_refused_by_their_count(data_dir, tmp_path):
+    shutil.copytree(data_dir / "tfds" / "icons", tmp_path / "tfds" / "icons")
+    (made,) = (tmp_path / "tfds" / "icons").glob("1.0.0")
+    info = json.loads((made / "dataset_info.json").read_text())
+    for split in info["splits"]:
+        split["shardLengths"] = ["10"] if split["name"] == "test" else split["shardLengths"]
+    (made / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="icons test holds 12 records, where its info says 10"):
+        open_source("icons", "test", 4, tmp_path)
+
+
+def test_icons_are_averaged_down_and_photographs_cropped_to_an_image_size(data_dir):
+    icons = open_source("icons", "test", 4, data_dir, 4)
+    assert icons.resident.images.shape == (12, 4, 4, 3) == (12, *get_spec("icons", data_dir, 4)[1])
+    photographs = open_source("photographs", "test", 4, data_dir, 32)
+    batch = next(evaluation_batches(photographs, 12))
+    assert batch.images.shape == (12, 32, 32, 3)
+    assert np.abs(np.sort(batch.images.mean((1, 2, 3))) - 20 * np.arange(12)).max() < 2

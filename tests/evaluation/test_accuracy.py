@@ -1,3 +1,5 @@
+import os
+
 import chex
 import jax
 import numpy as np
@@ -6,7 +8,9 @@ import pytest
 import nadaptor
 from nadaptor.configs.build import build_model
 from nadaptor.conversion.convert import build_folded
-from nadaptor.data.registry import Split, load_split
+from nadaptor.data.loader import load_images
+from nadaptor.data.registry import open_source
+from nadaptor.evaluation import accuracy
 from nadaptor.evaluation.accuracy import BATCH_SIZE, ann_accuracy, snn_accuracy
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.training import load_snn, simulate_checkpoint, write_report
@@ -20,21 +24,26 @@ def snn(runs):
 
 
 @pytest.fixture(scope="module")
-def split():
+def source():
     # One full batch, and one that is padded.
-    return Split(*(x[: BATCH_SIZE + 5] for x in load_split("digits", "validation", 150)))
+    return open_source("digits", "validation", 150)._replace(size=BATCH_SIZE + 5)
 
 
-def test_the_accuracy_is_the_share_of_right_predictions_padding_or_not(snn, split):
+@pytest.fixture(scope="module")
+def split(source):
+    return load_images(source)
+
+
+def test_the_accuracy_is_the_fraction_of_right_predictions_padding_or_not(snn, source, split):
     model, variables, _ = snn
     predictions = jax.jit(model.apply)(variables, split.images).argmax(-1)
     right = np.asarray(predictions) == split.labels
-    assert ann_accuracy(model, variables, split) == pytest.approx(right.mean())
+    assert ann_accuracy(model, variables, source) == pytest.approx(right.mean())
 
 
-def test_the_spiking_accuracy_is_that_of_a_direct_simulation_at_every_step(snn, split):
+def test_the_spiking_accuracy_is_that_of_a_direct_simulation_at_every_step(snn, source, split):
     model, variables, _ = snn
-    report = snn_accuracy(model, variables, split, num_steps=3)
+    report = snn_accuracy(model, variables, source, num_steps=3)
     sim = jax.jit(lambda v, x: nadaptor.simulate(model.apply, v, x, num_steps=3)[:2])(
         variables, split.images
     )
@@ -45,21 +54,48 @@ def test_the_spiking_accuracy_is_that_of_a_direct_simulation_at_every_step(snn, 
     assert list(report.spikes_per_neuron)[:2] == ["ResNet/act1", "ResNet/layer1_0/act1"]
 
 
-def test_more_steps_or_chunks_do_not_change_the_earlier_ones(snn, split):
+def test_more_steps_or_chunks_do_not_change_the_earlier_ones(snn, source):
     model, variables, _ = snn
-    short = snn_accuracy(model, variables, split, num_steps=2).accuracy
-    long = snn_accuracy(model, variables, split, num_steps=5, steps_per_chunk=2).accuracy
+    short = snn_accuracy(model, variables, source, num_steps=2).accuracy
+    long = snn_accuracy(model, variables, source, num_steps=5, steps_per_chunk=2).accuracy
     chex.assert_trees_all_close(short, long[:2], atol=0.011)
 
 
-def test_noise_is_on_where_a_key_is_given_and_the_layers_have_it(snn, split):
+def test_noise_is_on_where_a_key_is_given_and_the_layers_have_it(snn, source):
     model, variables, config = snn
     noisy = build_model(config, folded=True)
-    quiet = ann_accuracy(model, variables, split)
-    assert ann_accuracy(noisy, variables, split) == quiet
-    assert ann_accuracy(build_folded(config), variables, split, jax.random.key(0)) == quiet
-    draws = {ann_accuracy(noisy, variables, split, jax.random.key(i)) for i in range(4)}
+    quiet = ann_accuracy(model, variables, source)
+    assert ann_accuracy(noisy, variables, source) == quiet
+    assert ann_accuracy(build_folded(config), variables, source, jax.random.key(0)) == quiet
+    draws = {ann_accuracy(noisy, variables, source, jax.random.key(i)) for i in range(4)}
     assert len(draws) > 1
+
+
+def test_images_are_read_a_batch_at_a_time(snn, source):
+    """Never more than a few batches ahead: memory is flat in the number of images."""
+    model, variables, _ = snn
+    read, most, done = 0, 0, 0
+
+    def note(index):
+        nonlocal read, most
+        read += 1
+        most = max(most, read - done)
+        return source.read(index % source.size)
+
+    def simulated(*args, **kwargs):
+        nonlocal done
+        done += len(args[2])
+        return np.ones(1), np.ones(7), np.ones((2, 0))
+
+    endless = source._replace(size=20 * BATCH_SIZE, read=note, resident=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "_simulate_batch", simulated)
+        patch.setattr(os, "cpu_count", lambda: 2)
+        patch.setattr(jax, "local_device_count", lambda: 1)
+        assert snn_accuracy(model, variables, endless, 1).accuracy == [20 / endless.size]
+    assert read == endless.size
+    # The batch in use, and two per thread.
+    assert most <= 6 * BATCH_SIZE
 
 
 def test_the_report_is_what_its_files_hold(runs, tmp_path, capsys):

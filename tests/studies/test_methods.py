@@ -10,7 +10,8 @@ import nadaptor
 from nadaptor.configs.build import build_model
 from nadaptor.configs.inference import get_inference
 from nadaptor.conversion.convert import build_folded
-from nadaptor.data.registry import load_split
+from nadaptor.data.loader import load_images
+from nadaptor.data.registry import open_split
 from nadaptor.training import CONFIGS, get_config, load_snn
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -45,7 +46,7 @@ def test_every_method_tends_to_its_own_network_with_clipped_relus(method):
 
 def test_offset_spikes_help_a_trained_network_at_T_equal_rho(runs):
     model, variables, config = load_snn(runs / "digits_na" / "snn")
-    images = load_split("digits", "validation", config.data.validation_size).images[:64]
+    images = load_images(open_split(config.data, "validation", limit=64)).images
     ann = model.apply(variables, images)
 
     def error(name):

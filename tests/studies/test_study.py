@@ -10,7 +10,7 @@ import pytest
 from nadaptor.configs.config import check_config, replace
 from nadaptor.configs.inference import CORRECTIONS, get_inference
 from nadaptor.configs.tables import published
-from nadaptor.data.registry import load_split
+from nadaptor.data.registry import open_source
 from nadaptor.errors import PassingError, RunError
 from nadaptor.evaluation.accuracy import snn_accuracy
 from nadaptor.studies import study as grid
@@ -48,7 +48,7 @@ def test_each_cell_is_a_simulation_of_its_network(done):
     workdir, cells = done
     cell = next(c for c in cells if c.correction == "srp")
     snn = load_snn(workdir / "seed0" / cell.network.name / "snn")
-    images = load_split("digits", "validation", 150)
+    images = open_source("digits", "validation", 150)
     expected = snn_accuracy(*snn[:2], images, 5, inference=get_inference("srp", 3))
     assert cells[cell]["accuracy"] == expected.accuracy
     assert cells[cell]["total_steps"] == 8

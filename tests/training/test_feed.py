@@ -12,7 +12,7 @@ import pytest
 
 from nadaptor.checkpoints.checkpoint import load_card
 from nadaptor.configs.config import replace
-from nadaptor.data.augmentation import prepare_batch
+from nadaptor.data.augmentation import augment_batch
 from nadaptor.data.loader import step_indices
 from nadaptor.data.source import PHOTOGRAPHS, Spec
 from nadaptor.training import train
@@ -65,7 +65,7 @@ def test_images_that_lie_on_the_device_make_the_same_batches():
     labels = np.arange(22, dtype=np.int32) % 4
 
     def step(state, images, labels, key):
-        prepared = prepare_batch(jax.random.fold_in(key, state), images, spec, "autoaugment")
+        prepared = augment_batch(jax.random.fold_in(key, state), images, spec, "autoaugment")
         return state + 1, (prepared, labels)
 
     key, chosen = jax.random.key(5), step_indices(22, 0, range(4), 8)

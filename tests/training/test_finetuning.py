@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from nadaptor.data.registry import load_split
+from nadaptor.data.loader import load_images
+from nadaptor.data.registry import open_source
 from nadaptor.errors import RunError
 from nadaptor.training import load_snn
 from nadaptor.training.finetuning import digits_na_finetuned, fine_tune, time_loss
@@ -27,7 +28,7 @@ def tuned(snn, tmp_path_factory):
 
 def test_every_parameter_has_a_gradient_through_the_spikes(snn):
     model, variables, _ = load_snn(snn)
-    images, labels = (x[:32] for x in load_split("digits", "train", 150))
+    images, labels = (x[:32] for x in load_images(open_source("digits", "train", 150)))
     loss = jax.jit(jax.grad(lambda p: time_loss(model, p, images, labels, 2)))
     grads = loss(variables["params"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -38,7 +39,7 @@ def test_every_parameter_has_a_gradient_through_the_spikes(snn):
 def test_fine_tuning_lowers_the_loss_and_keeps_what_the_network_is(tuned, snn):
     out, losses = tuned
     assert losses[-1] < losses[0]
-    images, labels = (x[:256] for x in load_split("digits", "train", 150))
+    images, labels = (x[:256] for x in load_images(open_source("digits", "train", 150)))
     measured = []
     for folder in (snn, out):
         model, variables, config = load_snn(folder)

@@ -6,7 +6,7 @@ import pytest
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
 from nadaptor.configs.build import build_model
 from nadaptor.configs.config import replace
-from nadaptor.data.registry import load_split, open_split
+from nadaptor.data.registry import open_source, open_split
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.training import RunError, run, train
 
@@ -46,7 +46,7 @@ def test_a_network_starts_from_its_parent_and_names_it(runs):
 
 def test_the_metrics_are_those_of_the_network_that_was_saved(runs, tiny):
     variables, card = load_checkpoint(runs / "digits_na" / "checkpoint", "ann")
-    validation = load_split("digits", "validation", tiny.data.validation_size)
+    validation = open_source("digits", "validation", tiny.data.validation_size)
     accuracy = ann_accuracy(build_model(tiny), variables, validation)
     assert card["metrics"]["validation_accuracy"] == pytest.approx(accuracy, abs=0.01)
     rows = (runs / "digits_na" / "metrics.jsonl").read_text().splitlines()
@@ -75,9 +75,9 @@ def test_a_parent_of_another_model_is_refused(with_parent, tiny):
 def test_training_never_reads_the_test_set(with_parent, tiny, monkeypatch):
     read = []
 
-    def opened(config, split, data_dir):
+    def opened(data, split, data_dir):
         read.append(split)
-        return open_split(config.data, split, data_dir)
+        return open_split(data, split, data_dir)
 
     monkeypatch.setattr(run, "open_split", opened)
     train(replace(tiny, epochs=1), with_parent)

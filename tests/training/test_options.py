@@ -13,7 +13,7 @@ from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
 from nadaptor.configs.config import replace
 from nadaptor.configs.named import get_config
 from nadaptor.data.registry import open_split
-from nadaptor.evaluation.measure import source_accuracy
+from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.parallel import choose_devices
 from nadaptor.training import loop, train
 from nadaptor.training.dry_run import dry_run
@@ -89,7 +89,7 @@ def test_an_evaluation_measures_the_file_or_the_finished_run(small, done):
     workdir, variables = done
     run = open_run(small, DEFAULT)
     test = open_split(small.data, "test", None)
-    accuracy = source_accuracy(run.model, variables, test, choose_devices(1))
+    accuracy = ann_accuracy(run.model, variables, test, devices=choose_devices(1))
     of_run = loop.evaluate(small, workdir)
     assert of_run.accuracy == loop.evaluate(small, workdir, from_file(workdir)).accuracy == accuracy
     assert (of_run.num_images, of_run.weights) == (test.size, workdir / "small" / "checkpoint")
@@ -98,7 +98,7 @@ def test_an_evaluation_measures_the_file_or_the_finished_run(small, done):
 def test_the_best_epoch_is_handed_on_where_that_is_asked_for(small, tmp_path, monkeypatch):
     for select, step in (("best", 4), ("last", 8)):
         measured = iter((0.9, 0.4))
-        monkeypatch.setattr(loop, "source_accuracy", lambda *args, m=measured: next(m))
+        monkeypatch.setattr(loop, "ann_accuracy", lambda *args, m=measured, **_: next(m))
         card = load_card(train(replace(small, name=select, select=select), tmp_path), "ann")
         assert card["metrics"]["step"] == step
         assert card["metrics"]["validation_accuracy"] == (0.9 if select == "best" else 0.4)

@@ -9,7 +9,9 @@ import pytest
 from nadaptor.configs.build import build_model, build_optimizer
 from nadaptor.configs.config import replace
 from nadaptor.configs.named import get_config
-from nadaptor.data.registry import batch_at, load_split
+from nadaptor.data.loader import load_images
+from nadaptor.data.registry import batch_indices, open_source
+from nadaptor.data.source import Split
 from nadaptor.models import SCALE_FLOOR, is_scale
 from nadaptor.training.state import init_state
 from nadaptor.training.step import train_step
@@ -21,7 +23,9 @@ BATCH = 8
 
 @pytest.fixture(scope="module")
 def batch():
-    return batch_at(load_split("digits", "train", 150), 0, 0, BATCH)
+    images, labels = load_images(open_source("digits", "train", 150))
+    chosen = batch_indices(len(labels), 0, 0, BATCH)
+    return Split(images[chosen], labels[chosen])
 
 
 def small(name, **changes):
