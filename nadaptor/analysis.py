@@ -13,7 +13,7 @@ from nadaptor._checks import check_count
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.quantizers import round_half_up
 from nadaptor.simulation import Correction, Simulation, start_carry
-from nadaptor.transformation import Prepared, SpikingNetwork, spiking
+from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
 
 Reference = Literal["rounded", "clipped"]
 
@@ -51,6 +51,7 @@ def layer_errors(
     reference: Reference = "rounded",
     neuron: Neuron | None = None,
     coding: Coding = "rate",
+    nonaffine: Nonaffine = "refuse",
     correction: Correction | None = None,
 ) -> dict[str, jax.Array]:
     """Measures how far each layer's time-averaged spikes are from the activations they stand for.
@@ -69,6 +70,7 @@ def layer_errors(
             activation of `clipped_relu`.
         neuron: as in `nadaptor.simulate`.
         coding: as in `nadaptor.simulate`.
+        nonaffine: as in `nadaptor.simulate`.
         correction: as in `nadaptor.simulate`.
 
     Returns:
@@ -86,7 +88,7 @@ def layer_errors(
     """
     if reference not in ("rounded", "clipped"):
         raise ValueError(f"reference must be 'rounded' or 'clipped', not {reference!r}")
-    net = spiking(f, *args, neuron=neuron, coding=coding)
+    net = spiking(f, *args, neuron=neuron, coding=coding, nonaffine=nonaffine)
     prepared = net.prepare(*args)
     wanted = analog_activations(net, prepared, reference)
     rates = _rates(net, prepared, check_count(num_steps, "num_steps"), correction)
@@ -122,19 +124,21 @@ def _rates(
     net: SpikingNetwork, prepared: Prepared, num_steps: int, correction: Correction | None
 ) -> list[jax.Array]:
     """What every neuron has sent after T steps as a fraction of its threshold, signs included."""
-    state = start_carry(net, prepared, correction).state
+    start = start_carry(net, prepared, correction)
     totals = net.shard([jnp.zeros(layer.shape, jnp.float32) for layer in net.layers])
     sums = net.coding == "sum"
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
-        state, totals = carry
+        state, totals, means = carry
 
         def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
             after, out = net.neuron.step(state[i], x, net.layers[i].threshold)
             return (after, out if sums else totals[i] + out), out
 
-        return tuple(zip(*net.propagate(prepared, fire)[0], strict=True)), None
+        kept, _, means = net.advance(prepared, means, fire)
+        return (*zip(*kept, strict=True), means), None
 
-    (_, totals), _ = jax.lax.scan(step, (state, totals), length=num_steps)
+    first = (start.state, totals, start.means)
+    (_, totals, _), _ = jax.lax.scan(step, first, length=num_steps)
     pairs = zip(totals, net.layers, strict=True)
     return [total / ((1 if sums else num_steps) * layer.threshold) for total, layer in pairs]

@@ -136,7 +136,8 @@ class Srp:
                 layer.threshold,
                 jnp.where(u > 1e-3 * layer.threshold, layer.start, -jnp.inf),
             )
-            for layer, u in zip(net.layers, potentials, strict=True)
+            # A network with running means has an entry for them after those of its layers.
+            for layer, u in zip(net.layers, potentials, strict=False)
         )
 
 

@@ -15,7 +15,7 @@ from nadaptor._checks import check_count
 from nadaptor._execution.steps import Carry, run_chunk
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction, Sizes, run_in_tiles, start_carry
-from nadaptor.transformation import Prepared, SpikingNetwork, spiking
+from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
 
 # Of both fields: the examples.
 _AXES: Any = (0, 0)
@@ -78,6 +78,7 @@ def simulate_with_early_exit(
     in_axes: int | Sequence[Any] | None = None,
     neuron: Neuron | None = None,
     coding: Coding = "rate",
+    nonaffine: Nonaffine = "refuse",
     correction: Correction | None = None,
     steps_per_chunk: int | None = None,
     tile_size: int | None = None,
@@ -98,6 +99,7 @@ def simulate_with_early_exit(
         neuron: as for `nadaptor.simulate`.
         coding: as for `nadaptor.simulate`. With sum coding a tile stops, too, once no neuron in it
             fires any more.
+        nonaffine: as for `nadaptor.simulate`.
         correction: as for `nadaptor.simulate`; its steps are run for all and not counted.
         steps_per_chunk: as for `nadaptor.simulate`.
         tile_size: as for `nadaptor.simulate`.
@@ -141,9 +143,8 @@ def simulate_with_early_exit(
         )
         return exits
 
-    convert = functools.partial(
-        spiking, f, neuron=neuron, coding=coding, fast_convolution=fast_convolution
-    )
+    options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine)
+    convert = functools.partial(spiking, f, **options, fast_convolution=fast_convolution)
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
     found = run_in_tiles(run, convert, args, in_axes, sizes, lambda *_: EarlyExit(*_AXES))
     return jax.tree.map(lambda x: x[None], found)

@@ -26,7 +26,7 @@ from nadaptor._execution.tiles import (
     merge_axes,
 )
 from nadaptor.neurons import Coding, Neuron, State
-from nadaptor.transformation import Prepared, SpikingNetwork, spiking
+from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
 
 R = TypeVar("R")
 
@@ -69,6 +69,7 @@ def simulate(
     num_steps: int,
     neuron: Neuron | None = None,
     coding: Coding = "rate",
+    nonaffine: Nonaffine = "refuse",
     correction: Correction | None = None,
     steps_per_chunk: int | None = None,
     in_axes: int | Sequence[Any] | None = None,
@@ -89,6 +90,8 @@ def simulate(
         num_steps: T, the number of time steps.
         neuron: the neuron of all layers; None for the one of the coding.
         coding: how spikes carry a number, "rate" or "sum"; see `nadaptor.spiking`.
+        nonaffine: what to do where an operation on rates is not affine, "refuse" or
+            "running_mean"; see `nadaptor.spiking`.
         correction: prepares the start state, such as `OffsetSpikes` or `Srp`; None for none. They
             are made for rates.
         steps_per_chunk: K, the steps folded into one evaluation of the operations between
@@ -131,9 +134,8 @@ def simulate(
         sim = run_network(net, prepared, num_steps, chunk, correction)
         return sim if sim.settled is None else sim._replace(settled=sim.settled[None])
 
-    convert = functools.partial(
-        spiking, f, neuron=neuron, coding=coding, fast_convolution=fast_convolution
-    )
+    options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine)
+    convert = functools.partial(spiking, f, **options, fast_convolution=fast_convolution)
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
 
     def out_axes(whole: SpikingNetwork, part: SpikingNetwork) -> Any:
@@ -248,17 +250,22 @@ def start_carry(net: SpikingNetwork, prepared: Prepared, correction: Correction 
             f"{correction} corrects rates, and sum coding ends at the quantized network without "
             "it; pass correction=None"
         )
-    state = net.shard(correction.start(net, prepared)) if correction else net.init(prepared)
-    out = jax.eval_shape(lambda *args: net.step(*args), state, prepared)[1]
-
-    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
-        dtype = x.dtype if net.coding == "sum" else jnp.promote_types(x.dtype, jnp.float32)
-        return shard_like(jnp.zeros(x.shape, dtype), x)
-
+    first, means = net.init(prepared), net.init_means()
+    out = jax.eval_shape(lambda *args: net.step(*args), first, prepared)[1]
+    state = net.shard(correction.start(net, prepared)) if correction else first[: len(net.layers)]
+    leaves, tree = jax.tree.flatten(out)
+    as_is = [net.coding == "sum" or is_mean for is_mean in net.mean_outputs]
+    dtypes = [
+        x.dtype if same else jnp.promote_types(x.dtype, jnp.float32)
+        for x, same in zip(leaves, as_is, strict=True)
+    ]
+    total = [
+        shard_like(jnp.zeros(x.shape, dtype), x) for x, dtype in zip(leaves, dtypes, strict=True)
+    ]
     shapes = [layer.shape for layer in net.layers]
     none = [nothing_sent(x) if net.coding == "sum" else jnp.zeros(x, jnp.int32) for x in shapes]
     counts = net.shard(none)
-    return Carry(state, jax.tree.map(zeros, out), counts, jnp.int32(0))
+    return Carry(state, means, tree.unflatten(total), counts, jnp.int32(0))
 
 
 def _together(sim: Simulation) -> Simulation:

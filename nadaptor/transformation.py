@@ -6,38 +6,29 @@ which no spike reaches (the first layer on the analog input, every transform of 
 evaluated once by `prepare`; the *spiking* part runs at every time step.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+from jax.extend import core
 
 from nadaptor._execution.convolution import faster_convolution
+from nadaptor._execution.means import Averages, Means
 from nadaptor._execution.placement import shard_like
-from nadaptor._jaxpr.places import layer_name
-from nadaptor._jaxpr.plan import Plan, check_outputs, plan
+from nadaptor._jaxpr.affine import describe
+from nadaptor._jaxpr.layers import Layer, find_layers, fitting_neuron
+from nadaptor._jaxpr.plan import MEAN, SPIKING, Plan, check_outputs, kind_of, plan
 from nadaptor._jaxpr.summable import summable
-from nadaptor._jaxpr.trace import Atom, Op, Trace, reached, trace, variables
-from nadaptor.neurons import Coding, IntegrateAndFire, Neuron, State, StBif, Threshold
+from nadaptor._jaxpr.trace import Atom, Op, Trace, trace, variables
+from nadaptor.neurons import Coding, Neuron, State
 
 Prepared = tuple[jax.Array, ...]
 Activate = Callable[[int, jax.Array], tuple[Any, jax.Array]]
-_NEURONS: dict[str, Neuron] = {"rate": IntegrateAndFire(), "sum": StBif()}
-
-
-class Layer(NamedTuple):
-    """One layer of neurons: what a quantized activation has become."""
-
-    name: str  # the scopes around the activation, "ResNet/act1" and "ResNet/act1:2", or "layer0"
-    shape: tuple[int, ...]
-    threshold: Threshold  # in units of the scale: the quantizer's levels, or a calibration's array
-    start: float  # the potential before the first step, in units of the scale
-    source: str  # the user's file and line
-    bias: jax.Array | None = None  # added to the current at every step, in units of the scale
+Nonaffine = Literal["refuse", "running_mean"]
+_NEEDLESS = ("running_mean", "sum")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +51,21 @@ class SpikingNetwork:
     def communicates(self) -> bool:
         """Whether devices wait for each other at every step, as for a `psum` of spikes."""
         return self._plan.communicates
+
+    @property
+    def analog(self) -> tuple[str, ...]:
+        """The operations that act on running means, "max_pool at net.py:12": no spikes leave them.
+
+        Each line of the user's code and function that it calls is named once.
+        """
+        kinds = self._plan.kinds
+        ops = (op for op in self._plan.stepwise if kinds[op.outputs[0]] == MEAN)
+        return tuple(dict.fromkeys(f"{describe(op)} at {op.location.source}" for op in ops))
+
+    @property
+    def mean_outputs(self) -> tuple[bool, ...]:
+        """Of each array that the function returns, whether it is a running mean already."""
+        return tuple(kind_of(self._plan.kinds, i) == MEAN for i in self._trace.outputs)
 
     def prepare(self, *args: Any, shared: Mapping[int, jax.Array] | None = None) -> Prepared:
         """Evaluates the static part, once for all time steps.
@@ -103,10 +109,23 @@ class SpikingNetwork:
         return {i: known[i] for op in shared for i in op.outputs}
 
     def init(self, prepared: Prepared) -> tuple[State, ...]:
-        """Returns the state before the first time step, one entry for each layer."""
-        return self.shard(
-            [self.neuron.init(layer.shape, layer.threshold, layer.start) for layer in self.layers]
-        )
+        """Returns the state before the first time step.
+
+        It has one entry for each layer, and one more for the running means if there are any.
+        """
+        neurons = [self.neuron.init(x.shape, x.threshold, x.start) for x in self.layers]
+        means = self.init_means()
+        return self.shard(neurons) + (() if means is None else (means,))
+
+    def init_means(self) -> Means | None:
+        """Returns the running means before the first step; None for a network without any."""
+
+        def zeros(avals: Mapping[int, Any]) -> dict[int, jax.Array]:
+            return {i: shard_like(jnp.zeros(x.shape, jnp.float32), x) for i, x in avals.items()}
+
+        if not self._plan.averaged:
+            return None
+        return Means(jnp.float32(0), zeros(self._plan.averaged), zeros(self._plan.fed))
 
     def shard(self, entries: Sequence[Any]) -> tuple[Any, ...]:
         """Gives a pytree for each layer the sharding that the layer has.
@@ -132,9 +151,11 @@ class SpikingNetwork:
             after t steps is the mean of the outputs so far. With sum coding it is the function's
             output for all spikes so far, which is the network's output.
         """
-        return self.propagate(
-            prepared, lambda i, x: self.neuron.step(state[i], x, self.layers[i].threshold)
+        neurons, (means,) = state[: len(self.layers)], state[len(self.layers) :] or (None,)
+        kept, out, means = self.advance(
+            prepared, means, lambda i, x: self.neuron.step(neurons[i], x, self.layers[i].threshold)
         )
+        return kept + (() if means is None else (means,)), out
 
     def propagate(
         self, prepared: Prepared, activate: Activate, steps: int | None = None
@@ -150,26 +171,50 @@ class SpikingNetwork:
                 the x and result of `activate` and the output, has a leading axis of that length.
 
         Returns:
-            What was kept, one entry for each layer, and the function's output.
+            What was kept, one entry for each layer, and the function's output. Running means begin
+            at the first of these steps.
+        """
+        return self.advance(prepared, self.init_means(), activate, steps)[:2]
+
+    def advance(
+        self, prepared: Prepared, means: Means | None, activate: Activate, steps: int | None = None
+    ) -> tuple[tuple[Any, ...], Any, Means | None]:
+        """Does what `propagate` does, from the running means of the steps before.
+
+        Args:
+            prepared: from `prepare`.
+            means: from `init_means` or the step before.
+            activate: as for `propagate`.
+            steps: as for `propagate`.
+
+        Returns:
+            What was kept, the function's output, and the running means after the last step.
         """
         values = dict(zip(self._plan.boundary, prepared, strict=True))
+        averages = None if means is None else Averages(means, steps)
         layers, kept = enumerate(self.layers), []
         for op in self._plan.stepwise:
             operands = [_read(values, atom) for atom in op.inputs]
-            axes = [0 if spikes else None for spikes in reached(self._trace.spiking, op.inputs)]
+            kinds = [kind_of(self._plan.kinds, atom) for atom in op.inputs]
             if op.mark is not None:
                 i, layer = next(layers)
-                current = _current(operands[0], layer, steps, self.coding)
-                keep, out = activate(i, current)
+                x, dtype = operands[0], operands[0].dtype
+                if averages is not None and layer.from_mean:
+                    x = averages.current(op.inputs[0], x)
+                keep, out = activate(i, _current(x, layer, steps, self.coding))
                 kept.append(keep)
-                outputs = [out.astype(operands[0].dtype)]
-            elif steps is None:
-                outputs = op.bind(*operands)
+                outputs = [out.astype(dtype)]
             else:
-                outputs = jax.vmap(op.bind, axes, axis_size=steps)(*operands)
+                if averages is not None and self._plan.kinds[op.outputs[0]] == MEAN:
+                    operands = [
+                        averages.mean(i, x) if kind == SPIKING else x
+                        for i, x, kind in zip(op.inputs, operands, kinds, strict=True)
+                    ]
+                outputs = _bind(op, operands, kinds, steps)
             values.update(zip(op.outputs, outputs, strict=True))
         outputs = [_read(values, atom) for atom in self._trace.outputs]
-        return tuple(kept), self._out_tree.unflatten(outputs)
+        after = None if averages is None else averages.after
+        return tuple(kept), self._out_tree.unflatten(outputs), after
 
     def _check_arguments(self, args: tuple[Any, ...]) -> list[Any]:
         leaves, tree = jax.tree.flatten(args)
@@ -195,6 +240,7 @@ def spiking(
     *args: Any,
     neuron: Neuron | None = None,
     coding: Coding = "rate",
+    nonaffine: Nonaffine = "refuse",
     fast_convolution: bool = False,
 ) -> SpikingNetwork:
     """Turns a function with quantized activations into a spiking network (section 2.3, Eq. 6).
@@ -214,6 +260,10 @@ def spiking(
         neuron: the neuron to use in all layers; None for the one of the coding,
             `IntegrateAndFire()` or `StBif()`.
         coding: "rate", or "sum".
+        nonaffine: what to do where an operation on rates is not affine: "refuse", or let it act on
+            the "running_mean" of its inputs, and what follows it up to the next neuron on means
+            too. The network's `analog` lists those operations. The outputs approach those of the
+            network with clipped ReLUs as 1/T.
         fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 32 channels or
             more and 8 pixels or larger, go through Winograd's F(4x4, 3x3) or F(4, 3). It is faster
             on a CPU, and less exact: a few spikes may flip.
@@ -247,13 +297,18 @@ def spiking(
     traced = trace(
         closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, fast_convolution)
     )
-    parts = plan(traced, coding)
+    if nonaffine not in ("refuse", "running_mean") or (nonaffine, coding) == _NEEDLESS:
+        raise ValueError(
+            f"nonaffine must be 'refuse' or, for rates, 'running_mean', not {nonaffine!r}; sums "
+            "may go through any operation as they are"
+        )
+    parts = plan(traced, coding, nonaffine)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shapes)]
     check_outputs(traced, zip(traced.outputs, names, strict=True))
-    layers = _layers(parts.stepwise)
+    layers = find_layers(parts)
     return SpikingNetwork(
         layers=layers,
-        neuron=_fitting(neuron, coding, layers),
+        neuron=fitting_neuron(neuron, coding, layers),
         coding=coding,
         _trace=traced,
         _plan=parts,
@@ -270,49 +325,27 @@ def _evaluate(ops: Sequence[Op], values: dict[int, Any]) -> None:
         values.update(zip(op.outputs, outputs, strict=True))
 
 
-def _fitting(neuron: Neuron | None, coding: Coding, layers: Sequence[Layer]) -> Neuron:
-    """The neuron of all layers, checked against the coding."""
-    if coding not in _NEURONS:
-        raise ValueError(f"coding must be 'rate' or 'sum', not {coding!r}")
-    neuron = _NEURONS[coding] if neuron is None else neuron
-    own = getattr(neuron, "coding", "rate")
-    if own != coding:
-        raise ValueError(
-            f"{type(neuron).__name__} is a neuron for {own} coding; with coding={coding!r} use "
-            f"neuron={_NEURONS[coding]}, or one of your own whose class says coding = {coding!r}"
-        )
-    for layer in layers:
-        if coding == "sum" and layer.threshold >= 2**24:
-            raise ValueError(
-                f"layer {layer.name} at {layer.source} has {layer.threshold} levels, and float32 "
-                "counts to 2**24 only; use fewer levels"
-            )
-    return neuron
-
-
-def _layers(spiking_ops: Sequence[Op]) -> tuple[Layer, ...]:
-    layers: list[Layer] = []
-    uses: collections.Counter[str] = collections.Counter()
-    for op in spiking_ops:
-        if op.mark is not None:
-            name = layer_name(op.location.scope) or f"layer{len(layers)}"
-            uses[name] += 1
-            unique = name if uses[name] == 1 else f"{name}:{uses[name]}"
-            layers.append(Layer(unique, op.avals[0].shape, *op.mark, op.location.source))
-    return tuple(layers)
-
-
 def _current(x: jax.Array, layer: Layer, steps: int | None, coding: Coding) -> jax.Array:
     """What a layer of neurons takes in; a static x is the same at every step."""
     shape = layer.shape if steps is None else (steps, *layer.shape)
     current = jnp.broadcast_to(x, shape).astype(jnp.float32)
     if layer.bias is not None:
         current = current + layer.bias
-    # A total is rounded as the quantizer does it; the threshold of a calibrated layer is an array,
-    # and off every grid.
-    exact = coding == "rate" and isinstance(layer.threshold, int)
+    # A total is rounded as the quantizer does it. The threshold of a calibrated layer is an array,
+    # and off every grid, as is a current from a mean.
+    exact = coding == "rate" and isinstance(layer.threshold, int) and not layer.from_mean
     return summable(current, layer.threshold) if exact else current
 
 
+def _bind(
+    op: Op, operands: Sequence[Any], kinds: Sequence[str | None], steps: int | None
+) -> list[Any]:
+    """Evaluates an operation at one step, or at several along a leading axis."""
+    if steps is None:
+        return op.bind(*operands)
+    axes = [None if kind is None else 0 for kind in kinds]
+    return jax.vmap(op.bind, axes, axis_size=steps)(*operands)
+
+
 def _read(values: dict[int, Any], atom: Atom) -> Any:
-    return atom.val if isinstance(atom, Literal) else values[atom]
+    return atom.val if isinstance(atom, core.Literal) else values[atom]

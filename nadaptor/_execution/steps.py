@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from nadaptor._execution.means import Means
 from nadaptor._execution.sums import add_steps
 from nadaptor.neurons import Coding, Neuron, State
 
@@ -39,9 +40,18 @@ class Network(Protocol):
         """Whether devices wait for each other at every step."""
         ...
 
-    def propagate(
-        self, prepared: Any, activate: Callable[..., Any], steps: int | None = None
-    ) -> tuple[tuple[Any, ...], Any]:
+    @property
+    def mean_outputs(self) -> Sequence[bool]:
+        """Of each output, whether it is a running mean already."""
+        ...
+
+    def advance(
+        self,
+        prepared: Any,
+        means: Means | None,
+        activate: Callable[..., Any],
+        steps: int | None = None,
+    ) -> tuple[tuple[Any, ...], Any, Means | None]:
         """Evaluates one step, or several together, with `activate` as the activation."""
         ...
 
@@ -50,14 +60,13 @@ class Carry(NamedTuple):
     """What goes from one chunk of steps to the next."""
 
     state: tuple[State, ...]
-    total: Any  # of the outputs so far; with sum coding, the last output
+    means: Means | None
+    total: Any  # of the outputs so far; of those that are means already, or sums, the last
     counts: tuple[Any, ...]  # a layer: the spikes of each neuron, or a `Sent`
     time: jax.Array
 
 
-def run_chunk(
-    net: Network, prepared: Any, carry: Carry, size: int
-) -> tuple[Carry, Any]:
+def run_chunk(net: Network, prepared: Any, carry: Carry, size: int) -> tuple[Carry, Any]:
     """Runs `size` steps together; returns the new carry and the network's output at each."""
     if net.coding == "rate":
         return _run_rates(net, prepared, carry, size)
@@ -75,39 +84,32 @@ def run_chunk(
     return jax.lax.cond(silent, rest, run, carry)
 
 
-def _run_rates(
-    net: Network, prepared: Any, carry: Carry, size: int
-) -> tuple[Carry, Any]:
+def _run_rates(net: Network, prepared: Any, carry: Carry, size: int) -> tuple[Carry, Any]:
     def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
         state, out = _run_layer(net, i, carry.state[i], x)
         # XLA may divide by a constant through its reciprocal: 21 / 7 need not be 3.
         spikes = jnp.round(jnp.abs(out).sum(0) / net.layers[i].threshold).astype(jnp.int32)
         return (state, carry.counts[i] + spikes), out
 
-    kept, out = net.propagate(prepared, fire, steps=size)
+    kept, out, means = net.advance(prepared, carry.means, fire, steps=size)
     state, counts = zip(*kept, strict=True)
-    total, sums = jax.lax.scan(_add, carry.total, out)
     steps = carry.time + 1 + jnp.arange(size)
-    means = jax.tree.map(lambda x: x / steps.reshape(-1, *[1] * (x.ndim - 1)), sums)
-    return Carry(state, total, counts, carry.time + size), means
+    total, outputs = _average(net.mean_outputs, carry.total, out, steps)
+    return Carry(state, means, total, counts, carry.time + size), outputs
 
 
-def _run_sums(
-    net: Network, prepared: Any, carry: Carry, size: int
-) -> tuple[Carry, Any]:
+def _run_sums(net: Network, prepared: Any, carry: Carry, size: int) -> tuple[Carry, Any]:
     def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
         state, totals = _run_layer(net, i, carry.state[i], x)
         return (state, add_steps(carry.counts[i], totals, carry.time)), totals
 
-    kept, out = net.propagate(prepared, fire, steps=size)
+    kept, out, means = net.advance(prepared, carry.means, fire, steps=size)
     state, counts = zip(*kept, strict=True)
     last = jax.tree.map(lambda x: x[-1], out)
-    return Carry(state, last, counts, carry.time + size), out
+    return Carry(state, means, last, counts, carry.time + size), out
 
 
-def _run_layer(
-    net: Network, i: int, state: State, x: jax.Array
-) -> tuple[State, jax.Array]:
+def _run_layer(net: Network, i: int, state: State, x: jax.Array) -> tuple[State, jax.Array]:
     """Runs the neurons of one layer through the steps along the leading axis of x."""
     threshold = net.layers[i].threshold
     return jax.lax.scan(
@@ -118,6 +120,19 @@ def _run_layer(
 def last_spike(carry: Carry) -> jax.Array:
     """The last step at which any layer has sent a spike, with sum coding."""
     return jnp.stack([sent.last for sent in carry.counts]).max()
+
+
+def _average(are_means: Sequence[bool], total: Any, out: Any, steps: jax.Array) -> tuple[Any, Any]:
+    """Adds outputs [K, ...] to their total; returns it, and the mean up to each step."""
+    tree, leaves = jax.tree.structure(out), jax.tree.leaves(out)
+    last, averaged = [x[-1] for x in leaves], leaves
+    adding = [i for i, is_mean in enumerate(are_means) if not is_mean]
+    before = jax.tree.leaves(total)
+    rates = [before[i] for i in adding], [leaves[i] for i in adding]
+    sums, each = jax.lax.scan(_add, *rates, length=len(steps))
+    for i, after, x in zip(adding, sums, each, strict=True):
+        last[i], averaged[i] = after, x / steps.reshape(-1, *[1] * (x.ndim - 1))
+    return tree.unflatten(last), tree.unflatten(averaged)
 
 
 def _add(total: Any, out: Any) -> tuple[Any, Any]:

@@ -78,6 +78,8 @@ _DIVISOR = (
     "a scale that depends on spikes changes at every step: make it a parameter, or use batch norm "
     "with running averages"
 )
+_NOT_AFFINE = "acts on spikes and is not affine"
+_OPTIONS = "; or let it act on running means, nonaffine='running_mean', or on sums, coding='sum'"
 _DEFAULT = "between quantizers only affine operations can act on spikes; replace it or move it out"
 
 
@@ -100,6 +102,15 @@ def check_affine(op: Op, spiking: Sequence[bool]) -> None:
             raise _refusal(op, _DIVISOR if name == "div" else "its indices depend on spikes")
     elif not (_is_sum(op) or (name == "integer_pow" and op.params["y"] == 1)):
         raise _refusal(op, _remedy(op))
+
+
+def is_affine(op: Op, spiking: Sequence[bool]) -> bool:
+    """Says whether `op` is known to be affine in the operands for which `spiking` is true."""
+    try:
+        check_affine(op, spiking)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_sum(op: Op) -> bool:
@@ -144,9 +155,15 @@ def _remedy(op: Op) -> str:
     return next((_REMEDIES[name] for name in names if name in _REMEDIES), _DEFAULT)
 
 
-def _refusal(op: Op, remedy: str, fault: str = "acts on spikes and is not affine") -> ValueError:
+def describe(op: Op) -> str:
+    """What an operation is to its user: "softmax (reduce_max)"."""
     name = _NAMES.get(op.primitive.name, op.primitive.name)
-    shown = f"{op.location.call} ({name})" if op.location.call not in ("", name) else name
+    return f"{op.location.call} ({name})" if op.location.call not in ("", name) else name
+
+
+def _refusal(op: Op, remedy: str, fault: str = _NOT_AFFINE) -> ValueError:
+    shown = describe(op)
     where = f" at {op.location.source}" if op.location.source else ""
     scope = f" in {op.location.scope}" if op.location.scope else ""
-    return ValueError(f"cannot convert to spikes: {shown}{where}{scope} {fault}: {remedy}")
+    others = _OPTIONS if fault == _NOT_AFFINE else ""
+    return ValueError(f"cannot convert to spikes: {shown}{where}{scope} {fault}: {remedy}{others}")

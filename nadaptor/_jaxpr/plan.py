@@ -1,21 +1,24 @@
 """Which operations of a traced function run once, and which at every time step.
 
-Spikes carry a number by their mean over time ("rate") or by their sum ("sum"). A mean of spikes may
-go through affine operations alone; a sum may go through any, because the operation then acts on the
-sums themselves.
+Spikes carry a number by their mean over time ("rate") or by their sum ("sum"). Sums may go through
+any operation, because it then acts on the sums themselves. Spikes that stand for a mean may go
+through affine operations; any other can be given the running mean of its inputs, and what follows
+it stays in means up to the next quantizer.
 """
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from nadaptor._jaxpr.affine import check_affine, check_no_inner_mark, check_not_random
-from nadaptor._jaxpr.trace import Op, Trace, contains, reached, sub_jaxprs, variables
+from jax.extend.core import Literal
+
+from nadaptor._jaxpr.affine import check_affine, check_no_inner_mark, check_not_random, is_affine
+from nadaptor._jaxpr.trace import Atom, Op, Trace, contains, reached, sub_jaxprs, variables
 
 _COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_gather"}
 _COLLECTIVES |= {"all_gather_invariant", "all_gather_reduced", "all_to_all", "ragged_all_to_all"}
 _COLLECTIVES |= {"reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"}
-# Of a variable: spikes reach it, and it has another value at every step.
-SPIKING = "spiking"
+# What a variable is that spikes reach: another value at every step, or a mean of all steps so far.
+SPIKING, MEAN = "spiking", "mean"
 
 
 class Plan(NamedTuple):
@@ -26,28 +29,50 @@ class Plan(NamedTuple):
     kinds: dict[int, str]  # what each variable is, but for the static ones
     boundary: tuple[int, ...]  # the variables that `stepwise` reads and does not make
     communicates: bool  # whether devices wait for each other in `stepwise`
+    averaged: dict[int, Any]  # the spiking variables of which a mean is taken, and their types
+    fed: dict[int, Any]  # the means that go into a quantizer, and their types
 
 
-def plan(traced: Trace, coding: str) -> Plan:
+def plan(traced: Trace, coding: str, nonaffine: str = "refuse") -> Plan:
     """Parts the operations of a function, and checks that spikes may go through them.
 
     Args:
         traced: the function.
         coding: "rate" or "sum".
+        nonaffine: what to do with such an operation on rates, "refuse" or "running_mean".
 
     Raises:
         ValueError: an operation cannot be converted; the message names it, its line and a remedy.
     """
     static, stepwise, kinds = [], [], dict[int, str]()
     for op in traced.ops:
-        kind = SPIKING if op.mark is not None else _kind(op, kinds, coding)
+        kind = SPIKING if op.mark is not None else _kind(op, kinds, coding, nonaffine)
         (static if kind is None else stepwise).append(op)
         if kind is not None:
             kinds.update(dict.fromkeys(op.outputs, kind))
-    made = {i for op in stepwise for i in op.outputs}
+    made = {i: aval for op in stepwise for i, aval in zip(op.outputs, op.avals, strict=True)}
     read = {i for op in stepwise for i in variables(op.inputs)}
-    boundary = tuple(sorted(read - made))
-    return Plan(tuple(static), tuple(stepwise), kinds, boundary, any(map(_communicates, stepwise)))
+    averaged, fed = dict[int, Any](), dict[int, Any]()
+    for op in stepwise:
+        for i in variables(op.inputs):
+            if op.mark is not None and kinds.get(i) == MEAN:
+                fed[i] = made[i]
+            elif kinds[op.outputs[0]] == MEAN and kinds.get(i) == SPIKING:
+                averaged[i] = made[i]
+    return Plan(
+        tuple(static),
+        tuple(stepwise),
+        kinds,
+        tuple(sorted(read - made.keys())),
+        any(map(_communicates, stepwise)),
+        averaged,
+        fed,
+    )
+
+
+def kind_of(kinds: dict[int, str], atom: Atom) -> str | None:
+    """What a variable or literal is; None for static."""
+    return None if isinstance(atom, Literal) else kinds.get(atom)
 
 
 def check_outputs(traced: Trace, outputs: Iterable[tuple[Any, str]]) -> None:
@@ -65,15 +90,18 @@ def check_outputs(traced: Trace, outputs: Iterable[tuple[Any, str]]) -> None:
             )
 
 
-def _kind(op: Op, kinds: dict[int, str], coding: str) -> str | None:
+def _kind(op: Op, kinds: dict[int, str], coding: str, nonaffine: str) -> str | None:
     """What an operation that is no mark makes of its operands."""
     spikes = reached(kinds.keys(), op.inputs)
-    if any(spikes) and coding == "rate":
+    if any(spikes) and coding == "rate" and nonaffine == "refuse":
         check_affine(op, spikes)
         return SPIKING
     check_no_inner_mark(op)
     check_not_random(op)
-    return SPIKING if any(spikes) else None
+    if not any(spikes):
+        return None
+    means = any(kind_of(kinds, atom) == MEAN for atom in op.inputs)
+    return MEAN if coding == "rate" and (means or not is_affine(op, spikes)) else SPIKING
 
 
 def _communicates(op: Op) -> bool:
