@@ -28,7 +28,6 @@ from nadaptor.neurons import Coding, Neuron, State
 Prepared = tuple[jax.Array, ...]
 Activate = Callable[[int, jax.Array], tuple[Any, jax.Array]]
 Nonaffine = Literal["refuse", "running_mean"]
-_NEEDLESS = ("running_mean", "sum")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -261,9 +260,8 @@ def spiking(
             `IntegrateAndFire()` or `StBif()`.
         coding: "rate", or "sum".
         nonaffine: what to do where an operation on rates is not affine: "refuse", or let it act on
-            the "running_mean" of its inputs, and what follows it up to the next neuron on means
-            too. The network's `analog` lists those operations. The outputs approach those of the
-            network with clipped ReLUs as 1/T.
+            the "running_mean" of its inputs, and what follows it up to the next neuron too (see
+            `analog`). The outputs approach those of the network with clipped ReLUs as 1/T.
         fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 32 channels or
             more and 8 pixels or larger, go through Winograd's F(4x4, 3x3) or F(4, 3). It is faster
             on a CPU, and less exact: a few spikes may flip.
@@ -297,7 +295,7 @@ def spiking(
     traced = trace(
         closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, fast_convolution)
     )
-    if nonaffine not in ("refuse", "running_mean") or (nonaffine, coding) == _NEEDLESS:
+    if nonaffine not in ("refuse", "running_mean" if coding == "rate" else "refuse"):
         raise ValueError(
             f"nonaffine must be 'refuse' or, for rates, 'running_mean', not {nonaffine!r}; sums "
             "may go through any operation as they are"
