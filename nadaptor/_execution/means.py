@@ -5,7 +5,7 @@ It has no mean over its outputs, but it can be given the mean of its inputs,
 t is `t * x(m_t) - (t-1) * x(m_{t-1})`: the currents up to step t add up to `t * x(m_t)`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +35,14 @@ class Averages:
         self._means: dict[int, jax.Array] = {}
         self.after = Means(means.time + (1 if steps is None else steps), {}, {})
 
-    def mean(self, i: int, value: jax.Array) -> jax.Array:
+    def mean(self, i: Any, value: jax.Array) -> jax.Array:
         """The running mean of the spiking variable i, which has this value."""
         if i not in self._means:
             self.after.sums[i], mean = running_mean(self._before.sums[i], value, self._t)
             self._means[i] = mean.astype(value.dtype)
         return self._means[i]
 
-    def current(self, i: int, mean: jax.Array) -> jax.Array:
+    def current(self, i: Any, mean: jax.Array) -> jax.Array:
         """The current of a layer whose input is the variable i, a mean."""
         before = self._before.arrived[i]
         self.after.arrived[i], x = current(before, mean.astype(jnp.float32), self._t)

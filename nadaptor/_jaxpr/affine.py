@@ -157,7 +157,7 @@ def _remedy(op: Op) -> str:
 
 def describe(op: Op) -> str:
     """What an operation is to its user: "softmax (reduce_max)"."""
-    name = _NAMES.get(op.primitive.name, op.primitive.name)
+    name = str(_NAMES.get(op.primitive.name, op.primitive.name))
     return f"{op.location.call} ({name})" if op.location.call not in ("", name) else name
 
 
