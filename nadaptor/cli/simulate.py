@@ -10,6 +10,7 @@ from nadaptor._files import check_writable
 from nadaptor.cli.command import program, use_every_core
 from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.evaluation.report import simulate_checkpoint, write_report
+from nadaptor.neurons import Coding
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,6 +30,7 @@ def simulate_command(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     num_steps: int = 32,
     split: Literal["validation", "test"] = "validation",
+    coding: Coding = "rate",
     correction: CorrectionName = "none",
     correction_steps: int = 4,
     num_images: int | None = None,
@@ -41,18 +43,21 @@ def simulate_command(
         checkpoint: The folder that convert.py printed.
         num_steps: T, time steps.
         split: Images to read; the test set is for final figures, not for choices.
+        coding: How spikes carry a number: by their rate, or by their sum, which ends exactly at the
+            quantized network and then falls silent.
         correction: How to counter occasional noise at inference.
         correction_steps: Steps that offset spikes (rho) or SRP (tau) spend before the T counted.
         num_images: First images of the split to measure on; by default all.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         out: Folder for the files; by default "simulation-SPLIT" beside the checkpoint, with
-            "-CORRECTION" at the end where there is one.
+            "-sum" or "-CORRECTION" at the end where it applies.
     """
-    name = f"simulation-{split}" if correction == "none" else f"simulation-{split}-{correction}"
+    inference = get_inference(correction, correction_steps, coding)
+    used = "sum" if coding == "sum" else correction
+    name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out
     if checkpoint.exists():
         # Before all the work, not after it.
         check_writable(out)
-    inference = get_inference(correction, correction_steps)
     report = simulate_checkpoint(checkpoint, num_steps, split, inference, data_dir, num_images)
     write_report(report, out)

@@ -4,8 +4,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp
-from nadaptor.neurons import Neuron
+from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp, StBif
+from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction
 
 CorrectionName = Literal[
@@ -27,23 +27,32 @@ class Inference(NamedTuple):
     neuron: Neuron
     correction: Correction | None
 
+    @property
+    def coding(self) -> Coding:
+        """How spikes carry a number: what the neuron is made for."""
+        return getattr(self.neuron, "coding", "rate")
+
     def total_steps(self, num_steps: int) -> int:
         """Returns the network steps that T counted steps take, the correction's included."""
         return num_steps + (self.correction.num_steps if self.correction else 0)
 
 
-def get_inference(name: CorrectionName, num_steps: int = 4) -> Inference:
+def get_inference(
+    name: CorrectionName, num_steps: int = 4, coding: Coding = "rate"
+) -> Inference:
     """Returns what a correction's name stands for.
 
     Args:
         name: one of `CORRECTIONS`.
         num_steps: steps of the first stage: rho of offset spikes, tau of SRP. The others have none.
+        coding: "rate", or "sum", which goes with "none" only.
 
     Returns:
         The neuron and the correction.
 
     Raises:
-        ValueError: the name is unknown, or `num_steps` is not a positive int.
+        ValueError: the name is unknown, `num_steps` is not a positive int, or there is a correction
+            with sum coding.
 
     Example:
         >>> get_inference("srp", 4).total_steps(32)
@@ -51,6 +60,13 @@ def get_inference(name: CorrectionName, num_steps: int = 4) -> Inference:
     """
     if name not in CORRECTIONS:
         raise ValueError(f"unknown correction {name!r}; there are {', '.join(CORRECTIONS)}")
+    if coding == "sum":
+        if name != "none":
+            raise ValueError(
+                f"{name} corrects rates, and sum coding ends at the quantized network without it; "
+                "leave the correction out, or use rate coding"
+            )
+        return Inference(StBif(), None)
     neuron = SignedIntegrateAndFire() if name == "negative-spikes" else IntegrateAndFire()
     return Inference(neuron, TWO_STAGES[name](num_steps) if name in TWO_STAGES else None)
 

@@ -33,6 +33,7 @@ class SpikingAccuracy(NamedTuple):
     accuracy: list[float]  # at index t - 1, the fraction that is right after t steps
     spikes_per_neuron: dict[str, float]  # a layer: mean over its neurons and the images, in T steps
     early_exit: list[dict[str, float]]  # a threshold each: `confidence`, `accuracy`, `mean_steps`
+    settled: int | None  # with sum coding: the last step at which a neuron sent a spike
 
 
 def ann_accuracy(
@@ -110,12 +111,12 @@ def snn_accuracy(
     num_steps = check_count(num_steps, "num_steps")
     spec, stops = source.spec, np.asarray(confidences, np.float32)
     one = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
-    layers = spiking(model.apply, variables, one).layers
+    layers = spiking(model.apply, variables, one, coding=inference.coding).layers
     variables = jax.device_put(variables)
     right, spikes = np.zeros(num_steps, np.int64), np.zeros(len(layers))
-    exits = np.zeros((2, len(stops)), np.int64)
+    exits, settled = np.zeros((2, len(stops)), np.int64), 0
     for batch in _batches(source, jax.local_device_count()):
-        hits, counts, stopped = _simulate_batch(
+        hits, counts, stopped, last = _simulate_batch(
             model,
             variables,
             batch.images,
@@ -128,13 +129,14 @@ def snn_accuracy(
         )
         right, spikes = right + np.asarray(hits), spikes + np.asarray(counts, np.float64)
         exits = exits + np.asarray(stopped)
+        settled = None if last is None or settled is None else max(settled, int(last))
     means = spikes / (np.array([np.prod(layer.shape) for layer in layers]) * source.size)
     named = {layer.name: float(mean) for layer, mean in zip(layers, means, strict=True)}
     rows = [
         {"confidence": float(c), "accuracy": float(a), "mean_steps": float(s)}
         for c, a, s in zip(confidences, *(exits / source.size), strict=True)
     ]
-    return SpikingAccuracy((right / source.size).tolist(), named, rows)
+    return SpikingAccuracy((right / source.size).tolist(), named, rows, settled)
 
 
 def _batches(source: Source, parts: int, devices: Devices | None = None) -> Iterator[Batch]:
@@ -191,8 +193,11 @@ def _simulate_batch(
     num_steps: int,
     steps_per_chunk: int | None,
     inference: Inference,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over the images with a label: right at every t, spikes, right and steps at each exit."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Sums over the images with a label: right at every t, spikes, right and steps at each exit.
+
+    Last comes the step at which all have settled, those that fill the batch included.
+    """
     sim = simulate(
         model.apply,
         variables,
@@ -200,6 +205,7 @@ def _simulate_batch(
         num_steps=num_steps,
         steps_per_chunk=steps_per_chunk,
         neuron=inference.neuron,
+        coding=inference.coding,
         correction=inference.correction,
         in_axes=(None, 0),
         devices=None if jax.local_device_count() == 1 else jax.local_devices(),
@@ -208,4 +214,5 @@ def _simulate_batch(
     spikes = [jnp.einsum("b...,b->", n.astype(jnp.float32), real) for n in sim.spike_counts]
     exits = early_exit(sim.outputs, confidences)
     stopped = jnp.stack([(exits.predictions == labels).sum(1), (exits.steps * real).sum(1)])
-    return (sim.outputs.argmax(-1) == labels).sum(1), jnp.stack(spikes), stopped
+    right = (sim.outputs.argmax(-1) == labels).sum(1)
+    return right, jnp.stack(spikes), stopped, sim.settled

@@ -46,7 +46,8 @@ def simulate_checkpoint(
         `ann_noisy` and `ann_deterministic`, accuracies of the quantized network with the noise on
         (amplitude of the config, also where it trained without; None for the activations that
         cannot have it) and off; `accuracy`, the spiking network's at t = 1 to T;
-        `spikes_per_neuron` of each layer in T steps; `early_exit`, accuracy and mean number of
+        `spikes_per_neuron` of each layer in T steps; `settled`, with sum coding the last step with
+        a spike; `coding`; `early_exit`, accuracy and mean number of
         steps where images stop once they are confident; `config`, `split`, `num_images`,
         `num_steps` and `total_steps`, the correction's included. Accuracies are fractions, 0 to 1.
 
@@ -66,6 +67,7 @@ def simulate_checkpoint(
         "split": split,
         "num_images": images.size,
         "num_steps": num_steps,
+        "coding": inference.coding,
         "total_steps": inference.total_steps(num_steps),
         "ann_noisy": noisy_accuracy(config, variables, images),
         "ann_deterministic": ann_accuracy(model, variables, images),
@@ -95,6 +97,8 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
     for layer, spikes in report["spikes_per_neuron"].items():
         print(f"{layer:>20} {spikes:.3f} spikes per neuron in {len(accuracy)} steps")
     print(f"{'network steps':>20} {report['total_steps']}, {len(accuracy)} of them counted")
+    if report.get("settled") is not None:
+        print(f"{'last spike':>20} at step {report['settled']}")
     print(f"\nEarly exit\n\n{markdown([_exit_row(row) for row in report['early_exit']])}")
     print(f"written: {out}")
 

@@ -7,6 +7,7 @@ import pytest
 
 import nadaptor
 from nadaptor.configs.build import build_model
+from nadaptor.configs.inference import get_inference
 from nadaptor.conversion.convert import build_folded
 from nadaptor.data.loader import load_images
 from nadaptor.data.registry import open_source
@@ -122,3 +123,16 @@ def test_the_same_curves_draw_the_same_file(tmp_path):
     for name in ("a.png", "b.png"):
         plot_accuracy(curves, "accuracy, %", tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_with_sum_coding_a_settled_network_has_the_accuracy_of_the_quantized_one(snn, source):
+    model, variables, _ = snn
+    inference = get_inference("none", coding="sum")
+    report = snn_accuracy(model, variables, source, num_steps=24, inference=inference)
+    assert report.settled is not None and report.settled < 24
+    assert report.accuracy[-1] == pytest.approx(ann_accuracy(model, variables, source))
+
+
+def test_corrections_of_rates_are_refused_with_sum_coding():
+    with pytest.raises(ValueError, match="srp corrects rates"):
+        get_inference("srp", coding="sum")
