@@ -1,11 +1,13 @@
-"""Pre-trained residual networks in torch's layout, as variables of ours.
+"""Pre-trained networks in torch's layout, as variables of ours.
 
 Our names are torch's with three changes: `layer1.0` is `layer1_0`, the norm `bn1` of `conv1` is
-`conv1_norm`, and `downsample.0` and `.1` are `downsample` and `downsample_norm`. That covers the
-ResNets of torchvision and timm, and with `shortcut` and `linear` for `downsample` and `fc` the
-CIFAR networks in circulation. Batch norm is kept; max-pools are average-pools in our networks.
+`conv1_norm`, and `downsample.0` and `.1` are `downsample` and `downsample_norm`, as layers and
+norms in any sequence. That covers torchvision's ResNets, VGGs and MobileNetV2, and with `shortcut`
+and `linear` for `downsample` and `fc` the CIFAR networks in circulation. Batch norm is kept;
+max-pools are mean pools in our networks, unless they are built with `pool="max"`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from nadaptor.interop.maps import in_order, over_maps, torch_axes, torch_shape
 from nadaptor.interop.torch_file import read_torch_file
 from nadaptor.interop.torch_pickle import shown
 from nadaptor.models import is_scale
@@ -30,7 +33,10 @@ _ALIASES = {"linear": "fc", "shortcut": "downsample"}
 _WRAPPERS = ("module.", "_orig_mod.")
 # Wrapped so often, and with names so long, no network is.
 _MAX_WRAPPED, _MAX_NAME = 4, 1000
-_HEAD = "fc."
+# An underscore before a number: torch's modules by place in a list or a sequence.
+_NUMBER = re.compile(r"_(\d+)")
+# The last dense layer, whichever of these a network has.
+_HEADS = ("fc.", "head.", "classifier.6.", "classifier.1.", "classifier.")
 _SHOWN = 8
 _SAFETENSORS = (
     "F64",
@@ -55,7 +61,7 @@ _MAX_HEADER = 2**24
 def load_pretrained(
     path: str | Path, variables: Mapping[str, Any], *, new_head: bool = False
 ) -> dict[str, Any]:
-    """Loads a file of torch weights into the variables of a `nadaptor.models.ResNet`.
+    """Loads a file of torch weights into the variables of a network of `nadaptor.models`.
 
     The same as `from_torch(read_state_dict(path), variables, new_head=new_head)`.
 
@@ -106,9 +112,17 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def from_torch(
-    state: Mapping[str, np.ndarray], variables: Mapping[str, Any], *, new_head: bool = False
+    state: Mapping[str, np.ndarray],
+    variables: Mapping[str, Any],
+    *,
+    new_head: bool = False,
+    flattened: Mapping[str, tuple[int, int, int] | None] | None = None,
 ) -> dict[str, Any]:
-    """Puts a torch state dict into the variables of a `nadaptor.models.ResNet`.
+    """Puts a torch state dict into the variables of any Linen network with torch's names.
+
+    That is a network of `nadaptor.models`, or one of your own in which torch's layer `a.0.conv1` is
+    `a_0/conv1` (an underscore before a number), and the batch norm of layer `X` is `X_norm`: torch
+    calls it `bn1` after `conv1`, and in a sequence the next number after X.
 
     Convolutions go from [out, in, h, w] to [h, w, in, out] and dense weights from [out, in] to
     [in, out]; everything becomes float32. `num_batches_tracked` is ignored, and so is a prefix that
@@ -119,13 +133,17 @@ def from_torch(
         variables: the network's variables, or their shapes from `jax.eval_shape(model.init, ...)`.
         new_head: keep the last dense layer of `variables`, whatever the file's; for another set of
             classes. `variables` then holds arrays.
+        flattened: for each dense layer that reads a flattened map, by torch's name, the map's
+            shape (C, H, W) where the network flattens [B, H, W, C], and None where it has torch's
+            order. Networks of `nadaptor.models` need none.
 
     Returns:
         The variables, each array from the file. Activation scales are left out, because those of
         `variables` were measured with other weights; `nadaptor.models.start_scales` adds them.
 
     Raises:
-        ValueError: names are missing or unexpected, shapes differ, or the head has another class
+        ValueError: names are missing or unexpected, shapes differ, a dense layer may read a map
+            that torch flattens and `flattened` has no word of it, or the head has another class
             count and `new_head` is False; the message lists them. Or an array holds integers,
             complex numbers, a value that is not finite or a negative variance.
 
@@ -144,11 +162,14 @@ def from_torch(
         if not is_scale(path)
     }
     names = {path: _torch_name(path) for path in leaves}
-    kept = {path for path in leaves if new_head and names[path].startswith(_HEAD)}
+    head = next((head for head in _HEADS if any(n.startswith(head) for n in names.values())), "fc.")
+    kept = {path for path in leaves if new_head and names[path].startswith(head)}
     _check_kept(leaves[path] for path in kept)
     if new_head:
-        state = {name: array for name, array in state.items() if not name.startswith(_HEAD)}
-    _check_fit({names[path]: leaves[path].shape for path in leaves.keys() - kept}, state)
+        state = {name: array for name, array in state.items() if not name.startswith(head)}
+    shapes = {names[path]: leaves[path].shape for path in leaves.keys() - kept}
+    state = in_order(over_maps(state, shapes), flattened or {})
+    _check_fit(shapes, state, head)
     loaded = {
         path: leaf if path in kept else jnp.asarray(_ours(_numbers(names[path], state)))
         for path, leaf in leaves.items()
@@ -205,14 +226,15 @@ def _unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 
 def _torch_name(path: tuple[str, ...]) -> str:
     """("params", "layer1_0", "conv2_norm", "scale") -> "layer1.0.bn2.weight"."""
-    *blocks, layer = path[1:-1] or ("",)
-    if layer.removesuffix("_norm") == "downsample":
-        layer = "downsample.1" if layer.endswith("_norm") else "downsample.0"
-    elif layer.endswith("_norm"):
-        layer = layer.removesuffix("_norm").replace("conv", "bn")
-    return ".".join(
-        [*(block.replace("_", ".") for block in blocks), layer, _LEAVES.get(path[-1], path[-1])]
-    )
+    *blocks, layer = (_NUMBER.sub(r".\1", name) for name in path[1:-1] or ("",))
+    plain = layer.removesuffix("_norm")
+    numbered = f"{plain}.0" if plain == "downsample" else plain
+    if layer != plain and numbered != (stem := numbered.rstrip("0123456789")) and stem[-1:] == ".":
+        # In a sequence of torch's, the norm of a layer is the next one.
+        numbered = f"{stem}{int(numbered.removeprefix(stem)) + 1}"
+    elif layer != plain:
+        numbered = numbered.replace("conv", "bn")
+    return ".".join([*blocks, numbered, _LEAVES.get(path[-1], path[-1])])
 
 
 def _numbers(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -230,12 +252,7 @@ def _numbers(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _ours(array: np.ndarray) -> np.ndarray:
-    return array.transpose(_axes(array.ndim))
-
-
-def _axes(rank: int) -> tuple[int, ...]:
-    """torch's axes in our order: [out, in, h, w] -> [h, w, in, out]."""
-    return {4: (2, 3, 1, 0), 2: (1, 0)}.get(rank, tuple(range(rank)))
+    return array.transpose(torch_axes(array.ndim))
 
 
 def _check_kept(head: Iterable[Any]) -> None:
@@ -246,11 +263,13 @@ def _check_kept(head: Iterable[Any]) -> None:
         )
 
 
-def _check_fit(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray]) -> None:
+def _check_fit(
+    expected: Mapping[str, tuple[int, ...]], state: Mapping[str, np.ndarray], head: str
+) -> None:
     """Raises one error with everything that does not fit."""
     wrong = {
         name: f"{shown(name)} {state[name].shape} instead of {shape}"
-        for name, shape in ((name, _torch_shape(shape)) for name, shape in expected.items())
+        for name, shape in ((name, torch_shape(shape)) for name, shape in expected.items())
         if name in state and state[name].shape != shape
     }
     missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
@@ -259,16 +278,11 @@ def _check_fit(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, np.n
         _listed("unexpected", unexpected),
         _listed("of another shape", wrong.values()),
     ]
-    only_head = all(name.startswith(_HEAD) for name in missing | unexpected | wrong.keys())
+    only_head = all(name.startswith(head) for name in missing | unexpected | wrong.keys())
     remedy = ". Pass new_head=True to start a new head" if only_head else ""
     if any(lists):
         found = "; ".join(filter(None, lists))
         raise ValueError(f"the weights do not fit the network: {found}{remedy}")
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    inverse = np.argsort(_axes(len(shape)))
-    return tuple(shape[axis] for axis in inverse)
 
 
 def _listed(what: str, names: Iterable[str]) -> str:

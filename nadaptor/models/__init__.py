@@ -2,10 +2,13 @@
 
 from nadaptor.models.activations import AnyLevel, ClippedRelu, Lsq, NoiseAdaptor, Relu
 from nadaptor.models.folding import fold_batch_norm
+from nadaptor.models.layers import batch_norm, convolution
+from nadaptor.models.mobilenet import MobileNetV2
 from nadaptor.models.registry import MODELS, create
-from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet, batch_norm, convolution
+from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet
 from nadaptor.models.scales import SCALE_FLOOR, is_scale, project_scales, start_scales
 from nadaptor.models.threshold_activations import Qcfs, SlipRelu, Ttrbr
+from nadaptor.models.vgg import Vgg
 
 __all__ = [
     "MODELS",
@@ -15,12 +18,14 @@ __all__ = [
     "Bottleneck",
     "ClippedRelu",
     "Lsq",
+    "MobileNetV2",
     "NoiseAdaptor",
     "Qcfs",
     "Relu",
     "ResNet",
     "SlipRelu",
     "Ttrbr",
+    "Vgg",
     "batch_norm",
     "convolution",
     "create",

@@ -1,15 +1,20 @@
-"""The networks by name: every architecture of the paper, for ImageNet, CIFAR and 8x8 digits."""
+"""The networks by name: those of the paper, and others that are published with weights."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from nadaptor._checks import check_name
 from nadaptor.models.activations import Relu
-from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet, Slot, batch_norm
+from nadaptor.models.layers import Slot, batch_norm
+from nadaptor.models.mobilenet import MobileNetV2
+from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet
+from nadaptor.models.vgg import Head, Vgg
 
 _LARGE = {
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock),
@@ -29,6 +34,18 @@ _DIGITS = {
     )
     for blocks in (1, 3)
 }
+_VGG_STAGES = {
+    11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)
+}
+_HEADS: Mapping[str, Head] = {"": "imagenet", "cifar_": "cifar"}
+_VGG = {
+    f"{prefix}vgg{depth}{suffix}": functools.partial(
+        Vgg, stage_sizes=sizes, head=head, normalized=normalized
+    )
+    for depth, sizes in _VGG_STAGES.items()
+    for prefix, head in _HEADS.items()
+    for suffix, normalized in (("", False), ("_bn", True))
+}
 
 # The two stems differ about 16 times in work at the same image size: results do not compare
 # across them, and so the stem is in the name.
@@ -38,6 +55,8 @@ MODELS: Mapping[str, functools.partial] = MappingProxyType(
         **{f"cifar_{name}": functools.partial(make, stem="cifar") for name, make in _LARGE.items()},
         **_SMALL,
         **_DIGITS,
+        **_VGG,
+        "mobilenet_v2": functools.partial(MobileNetV2),
     }
 )
 
@@ -50,19 +69,20 @@ def create(
     norm: Slot | None = batch_norm,
     dtype: Any = jnp.float32,
     **options: Any,
-) -> ResNet:
+) -> nn.Module:
     """Builds a network by its name.
 
     Args:
         name: a key of `MODELS`. `resnet18`, `34`, `50`, `101` have the imagenet stem and
             `cifar_resnet18`, ... the cifar stem; `cifar_resnet20`, `32`, `44`, `56` have stages of
             16, 32 and 64 features and padded shortcuts; `digits_resnet8` and `digits_resnet20` are
-            for 8x8 images.
+            for 8x8 images. `vgg11`, `13`, `16`, `19` have torchvision's head and `cifar_vgg11`, ...
+            one dense layer, each with `_bn` or without norms; `mobilenet_v2` is torchvision's.
         num_classes: size of the last dense layer.
         activation: activation slot, for example `functools.partial(Lsq, levels=2)`.
         norm: norm slot; None for the folded network.
         dtype: compute dtype.
-        **options: other attributes of `ResNet` to override, such as `width` or `shortcut`.
+        **options: other attributes of the network's class to override, such as `width` or `pool`.
 
     Returns:
         The module, without variables.
@@ -77,8 +97,11 @@ def create(
     check_name(name, MODELS, "model")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes!r}")
-    fields = {k: v for k, v in ResNet.__dataclass_fields__.items() if k not in ("parent", "name")}
+    # Any: the type of a partial does not say that it makes a dataclass.
+    network: Any = MODELS[name].func
+    fields = {field.name: field for field in dataclasses.fields(network)}
+    known = {key: field for key, field in fields.items() if key not in ("parent", "name")}
     for option in options:
-        check_name(option, fields, f"option of {name},")
+        check_name(option, known, f"option of {name},")
     options |= {"activation": activation, "norm": norm, "dtype": dtype}
     return MODELS[name](num_classes=num_classes, **options)

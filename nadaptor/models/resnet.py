@@ -7,62 +7,28 @@ activations are `act1`, `act2`, ... inside each block. Everything between two ac
 activation.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nadaptor._checks import check_floating
-from nadaptor._execution.conv_gradient import conv_general_dilated
 from nadaptor.models.activations import Relu
+from nadaptor.models.layers import (
+    Layers,
+    Pool,
+    Slot,
+    batch_norm,
+    check_images,
+    convolution,
+    dense_init,
+    finish_logits,
+    pool_images,
+)
 
-Slot = Callable[..., Any]
 Stem = Literal["imagenet", "cifar"]
 Shortcut = Literal["conv", "pad"]
-
-# On a CPU its weight gradient is several times as fast as with the convolution of `jax.lax`.
-convolution = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
-# Flax's momentum is the share of the old average: 0.9 here is torch's 0.1.
-batch_norm = functools.partial(nn.BatchNorm, epsilon=1e-5, momentum=0.9)
-# torch's kaiming_normal_(mode="fan_out", nonlinearity="relu")
-_kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# torch's default for dense weights: U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-_dense_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-# Any: Flax declares the padding of its pools as a string, and takes pairs.
-_ONE_AROUND: Any = ((1, 1), (1, 1))
-
-
-class Layers(NamedTuple):
-    """The parts that a network is built of; `norm=None` gives convolutions with biases instead."""
-
-    conv: Slot
-    norm: Slot | None
-    activation: Slot
-    dtype: Any
-
-    def convolve(
-        self, x: jax.Array, name: str, features: int, size: int, stride: int, train: bool
-    ) -> jax.Array:
-        """Applies convolution `name` (torch's padding, size // 2) and its norm `name_norm`."""
-        x = self.conv(
-            features,
-            kernel_size=(size, size),
-            strides=(stride, stride),
-            # Not "SAME", which pads the other side first at stride 2.
-            padding=[(size // 2, size // 2)] * 2,
-            use_bias=self.norm is None,
-            dtype=self.dtype,
-            kernel_init=_kaiming,
-            name=name,
-        )(x)
-        if self.norm is None:
-            return x
-        norm = self.norm(use_running_average=not train, dtype=self.dtype, name=f"{name}_norm")
-        return norm(x)
 
 
 class BasicBlock(nn.Module):
@@ -113,9 +79,10 @@ class ResNet(nn.Module):
         num_classes: size of the last dense layer.
         stage_sizes: blocks a stage.
         block: `BasicBlock` or `Bottleneck`.
-        stem: "imagenet" is a 7x7 convolution at stride 2 and a 3x3 average pool at stride 2 with
-            padding 1, in place of torch's max-pool of that shape; padded zeros count in the mean,
-            torch's default for average pools. "cifar" is a 3x3 convolution at stride 1, no pool.
+        stem: "imagenet" is a 7x7 convolution at stride 2 and a 3x3 pool at stride 2 with padding 1;
+            "cifar" is a 3x3 convolution at stride 1, no pool.
+        pool: of the imagenet stem: "mean" in place of torch's max-pool, padded zeros counted, which
+            is torch's default for average pools; "max" is torch's own.
         width: features of the first stage and of the stem.
         shortcut: "conv" is a 1x1 convolution and its norm, where the shape changes (option B);
             "pad" takes every second pixel and pads channels with zeros on both sides (option A).
@@ -147,6 +114,7 @@ class ResNet(nn.Module):
     stage_sizes: Sequence[int]
     block: Slot = BasicBlock
     stem: Stem = "imagenet"
+    pool: Pool = "mean"
     width: int = 64
     shortcut: Shortcut = "conv"
     conv: Slot = convolution
@@ -158,7 +126,7 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Returns the logits; `train=True` normalises with the moments of the batch."""
         layers = Layers(self.conv, self.norm, self.activation, self.dtype)
-        x = self._stem(_check_images(images), layers, train)
+        x = self._stem(check_images(images), layers, train)
         for stage, size in enumerate(self.stage_sizes):
             for index in range(size):
                 x = self.block(
@@ -169,8 +137,8 @@ class ResNet(nn.Module):
                     name=f"layer{stage + 1}_{index}",
                 )(x, train)
         x = x.mean(axis=(1, 2))
-        logits = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=_dense_init, name="fc")(x)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=dense_init, name="fc")(x)
+        return finish_logits(logits)
 
     def _stem(self, x: jax.Array, layers: Layers, train: bool) -> jax.Array:
         if self.stem not in ("imagenet", "cifar"):
@@ -178,7 +146,7 @@ class ResNet(nn.Module):
         large = self.stem == "imagenet"
         x = layers.convolve(x, "conv1", self.width, 7 if large else 3, 2 if large else 1, train)
         x = layers.activation(name="act1")(x)
-        return nn.avg_pool(x, (3, 3), (2, 2), padding=_ONE_AROUND) if large else x
+        return pool_images(x, self.pool, 3, 2, padding=1) if large else x
 
 
 def _shortcut(block: Any, x: jax.Array, features: int, train: bool) -> jax.Array:
@@ -192,13 +160,3 @@ def _shortcut(block: Any, x: jax.Array, features: int, train: bool) -> jax.Array
         x = x[:, :: block.stride, :: block.stride]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
     raise ValueError(f"shortcut must be 'conv' or 'pad', not {block.shortcut!r}")
-
-
-def _check_images(images: jax.Array) -> jax.Array:
-    images = check_floating(images, "images")
-    if images.ndim != 4:
-        raise ValueError(
-            f"images must be [batch, height, width, channels], not of shape {images.shape}; "
-            "a single image gets its batch axis from images[None]"
-        )
-    return images
