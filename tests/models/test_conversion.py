@@ -69,4 +69,4 @@ def test_layers_carry_the_names_of_the_modules():
     assert net.layers[0].name == "ResNet/act1"
     assert net.layers[-1].name.endswith("act2")
     assert "layer3_2" in net.layers[-1].name
-    assert all(layer.levels == 2 and layer.start == 1.0 for layer in net.layers)
+    assert all(layer.threshold == 2 and layer.start == 1.0 for layer in net.layers)
