@@ -132,7 +132,7 @@ AFFINE = {
 @pytest.mark.parametrize("g", AFFINE.values(), ids=AFFINE)
 def test_time_average_of_an_affine_operation_is_the_operation_on_the_time_average(g):
     net = nadaptor.spiking(lambda x: g(q(x)), X)
-    trains = LEVELS * jax.random.bernoulli(KEY, 0.5, (4, *X.shape)).astype(float)
+    trains = LEVELS * jax.random.bernoulli(jax.random.key(0), 0.5, (4, *X.shape)).astype(float)
 
     @jax.jit
     def evaluate(x, trains):
@@ -352,7 +352,7 @@ def test_vmap_with_a_scale_for_each_channel_keeps_identity_a(axis, out_axis):
 def test_noise_is_ignored_under_vmap_whatever_the_axes_of_key_and_input(axes, shape):
     v = dyadic(*shape)
     number = 3 if axes[1] is None else shape[axes[1]]
-    keys = KEY if axes[0] is None else jax.random.split(KEY, number)
+    keys = jax.random.key(0) if axes[0] is None else jax.random.split(jax.random.key(0), number)
     noisy = jax.vmap(lambda k, v: nadaptor.noise_adaptor(k, v, SCALE, LEVELS), axes)
     quiet = jax.vmap(lambda k, v: nadaptor.lsq(v, SCALE, LEVELS), axes)
     np.testing.assert_array_equal(run(noisy, keys, v), run(quiet, keys, v))
