@@ -116,7 +116,7 @@ class EquinoxNet(eqx.Module):
     scales: list[jax.Array]
 
     def __init__(self):
-        key = jax.random.key(0)
+        keys = iter(jax.random.split(jax.random.key(0), 4))
 
         def filled(layer, weight):
             kernel, bias = weight
@@ -124,11 +124,11 @@ class EquinoxNet(eqx.Module):
             bias = bias.reshape(layer.bias.shape)
             return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (kernel, bias))
 
-        self.conv1 = filled(eqx.nn.Conv2d(2, 4, 3, padding=1, key=key), WEIGHTS["conv1"])
-        self.conv2 = filled(eqx.nn.Conv2d(4, 6, 3, padding=1, key=key), WEIGHTS["conv2"])
+        self.conv1 = filled(eqx.nn.Conv2d(2, 4, 3, padding=1, key=next(keys)), WEIGHTS["conv1"])
+        self.conv2 = filled(eqx.nn.Conv2d(4, 6, 3, padding=1, key=next(keys)), WEIGHTS["conv2"])
         self.pool = eqx.nn.AvgPool2d(2, 2)
-        self.dense1 = filled(eqx.nn.Linear(6, 5, key=key), WEIGHTS["dense1"])
-        self.dense2 = filled(eqx.nn.Linear(5, 3, key=key), WEIGHTS["dense2"])
+        self.dense1 = filled(eqx.nn.Linear(6, 5, key=next(keys)), WEIGHTS["dense1"])
+        self.dense2 = filled(eqx.nn.Linear(5, 3, key=next(keys)), WEIGHTS["dense2"])
         self.scales = [WEIGHTS[f"act{i}"] for i in (1, 2, 3)]
 
     def __call__(self, x):
