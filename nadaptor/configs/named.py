@@ -1,4 +1,4 @@
-"""The named configs that users start from: digits here, the paper's in `paper`."""
+"""The named configs that users start from: digits here, others in `paper` and `small`."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from types import MappingProxyType
 from nadaptor._checks import check_name
 from nadaptor.configs.config import Config, fields_of, make_config, replace
 from nadaptor.configs.paper import PAPER
+from nadaptor.configs.small import SMALL
 from nadaptor.data.config import DataConfig
 from nadaptor.models.config import NetworkConfig
 
@@ -121,7 +122,7 @@ _MADE = (
     digits_ttrbr,
 )
 CONFIGS: Mapping[str, Callable[[], Config]] = MappingProxyType(
-    {**{make.__name__: make for make in _MADE}, **PAPER}
+    {**{make.__name__: make for make in _MADE}, **PAPER, **SMALL}
 )
 # A parent's weights fit, and its validation images were held out of it, where these agree.
 INHERITED = (

@@ -26,7 +26,7 @@ _SMALL = {
     f"cifar_resnet{6 * blocks + 2}": functools.partial(
         ResNet, stage_sizes=(blocks,) * 3, stem="cifar", width=16, shortcut="pad"
     )
-    for blocks in (3, 5, 7, 9)
+    for blocks in (1, 3, 5, 7, 9)
 }
 _DIGITS = {
     f"digits_resnet{6 * blocks + 2}": functools.partial(
@@ -74,7 +74,7 @@ def create(
 
     Args:
         name: a key of `MODELS`. `resnet18`, `34`, `50`, `101` have the imagenet stem and
-            `cifar_resnet18`, ... the cifar stem; `cifar_resnet20`, `32`, `44`, `56` have stages of
+            `cifar_resnet18`, ... the cifar stem; `cifar_resnet8`, `20`, `32`, `44`, `56` have stages of
             16, 32 and 64 features and padded shortcuts; `digits_resnet8` and `digits_resnet20` are
             for 8x8 images. `vgg11`, `13`, `16`, `19` have torchvision's head and `cifar_vgg11`, ...
             one dense layer, each with `_bn` or without norms; `mobilenet_v2` is torchvision's.
