@@ -74,10 +74,11 @@ def create(
 
     Args:
         name: a key of `MODELS`. `resnet18`, `34`, `50`, `101` have the imagenet stem and
-            `cifar_resnet18`, ... the cifar stem; `cifar_resnet8`, `20`, `32`, `44`, `56` have stages of
-            16, 32 and 64 features and padded shortcuts; `digits_resnet8` and `digits_resnet20` are
-            for 8x8 images. `vgg11`, `13`, `16`, `19` have torchvision's head and `cifar_vgg11`, ...
-            one dense layer, each with `_bn` or without norms; `mobilenet_v2` is torchvision's.
+            `cifar_resnet18`, ... the cifar stem; `cifar_resnet8`, `20`, `32`, `44`, `56` have
+            stages of 16, 32 and 64 features and padded shortcuts; `digits_resnet8` and
+            `digits_resnet20` are for 8x8 images. `vgg11`, `13`, `16`, `19` have torchvision's head
+            and `cifar_vgg11`, ... one dense layer, each with `_bn` or without norms; `mobilenet_v2`
+            is torchvision's.
         num_classes: size of the last dense layer.
         activation: activation slot, for example `functools.partial(Lsq, levels=2)`.
         norm: norm slot; None for the folded network.

@@ -1,14 +1,14 @@
-"""The study: methods, levels, seeds and corrections as a grid, one small file a cell.
+"""The study: methods, levels, seeds, corrections and fields of the config as a grid of cells.
 
-A cell is one trained network simulated with one correction. Each is written whole or not at all, so
-that a study that was stopped goes on where it was; the table, the CSV file and the plots are made
-from the cells.
+A cell is one trained network simulated with one correction, and one small file. Each is written
+whole or not at all, so that a study that was stopped goes on where it was, and one that is extended
+keeps what it has; the table, the CSV file and the plots are made from the cells.
 """
 
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from nadaptor._provenance import provenance
 from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
 from nadaptor.configs.config import Config, Dtype, replace, to_json
 from nadaptor.configs.inference import CorrectionName, get_inference
-from nadaptor.configs.named import get_config
+from nadaptor.configs.named import INHERITED, get_config
 from nadaptor.errors import PassingError, RunError
 from nadaptor.evaluation.report import SplitToMeasure
 from nadaptor.models.config import ACTIVATIONS
@@ -51,8 +51,9 @@ FIXED_LEVELS: Mapping[str, int] = {
 }
 # Fields of a study that a cell's figures depend on, beside its config.
 SETTINGS = ("num_steps", "correction_steps", "split", "num_images")
-# Fields of a study that are put in place of its config's.
-CHANGED = ("model", "width", "image_size", "epochs", "learning_rate", "train_size", "dtype")
+# Fields of a study that are put in place of its config's, and those that are axes of its grid.
+CHANGED = ("image_size", "dtype")
+AXES = ("model", "width", "train_size", "learning_rate", "epochs")
 Cells = Mapping["Cell", Mapping[str, Any]]
 
 
@@ -74,18 +75,18 @@ class Study:
     )
     # Named config that all runs share but for activation, levels and seed.
     config: str = "digits_lsq"
-    # Network, where it is not the config's.
-    model: str | None = None
+    # Networks, where it is not the config's; one or more, as of the next four.
+    model: tuple[str, ...] = ()
     # Features of its first stage, where they are not the config's.
-    width: int | None = None
+    width: tuple[int, ...] = ()
+    # Passes over the training images, where they are not the config's; the parent's stay.
+    epochs: tuple[int, ...] = ()
+    # Learning rate of the first update, where it is not the config's.
+    learning_rate: tuple[float, ...] = ()
+    # Training images, where they are not the config's.
+    train_size: tuple[int, ...] = ()
     # Pixels per side of an image, where they are not the config's.
     image_size: int | None = None
-    # Passes over the training images, where they are not the config's.
-    epochs: int | None = None
-    # Learning rate of the first update, where it is not the config's.
-    learning_rate: float | None = None
-    # Training images, where they are not the config's.
-    train_size: int | None = None
     # Type of the computation, where it is not the config's; parents keep theirs.
     dtype: Dtype | None = None
     # T, time steps of each simulation.
@@ -109,11 +110,14 @@ class Network(NamedTuple):
 
     method: Method
     levels: int
+    values: tuple[tuple[str, Any], ...] = ()  # of the study's axes, by their names
 
     @property
     def name(self) -> str:
         """Its name in tables and folders."""
-        return self.method if self.method in FIXED_LEVELS else f"{self.method}_p{self.levels}"
+        known = self.method in FIXED_LEVELS
+        quantizer = self.method if known else f"{self.method}_p{self.levels}"
+        return f"{quantizer}{_suffix(self.values)}"
 
 
 class Cell(NamedTuple):
@@ -123,6 +127,15 @@ class Cell(NamedTuple):
     correction: CorrectionName
     seed: int
 
+    @property
+    def folder(self) -> str:
+        """Folder of its run: networks in one start from one parent."""
+        return f"seed{self.seed}{_suffix(v for v in self.network.values if v[0] in INHERITED)}"
+
+
+def _suffix(values: Iterable[tuple[str, Any]]) -> str:
+    return "".join(f"-{v if isinstance(v, str) else f'{name}{v}'}" for name, v in values)
+
 
 @making("workdir")
 def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
@@ -130,13 +143,15 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
 
     Args:
         study: what to compare.
-        workdir: folder of the runs, `seedN/NETWORK`, and of `cells`.
+        workdir: folder of the runs, `seedN/NETWORK`, and of `cells`; N has the model, width and
+            number of training images behind it where they are axes.
         options: where each run reads and runs, and the file of weights it starts from.
 
     Returns:
         Each cell's measurement: `ann` and `ann_noisy`, accuracy of the quantized network with the
         noise off and on (None where it cannot have any); `accuracy`, the spiking
-        network's at t = 1 to T; `total_steps`, with those of the correction; `num_images`; or
+        network's at t = 1 to T; `training_accuracy`, of the network without noise on training
+        images; `total_steps`, with those of the correction; `num_images`; or
         `failed`, why there is none; and `made`, as `provenance` gives it. Accuracies are fractions,
         0 to 1.
 
@@ -170,9 +185,17 @@ def cells_of(study: Study) -> Iterator[Cell]:
 
 
 def networks_of(study: Study) -> list[Network]:
-    """Returns the networks to train for each seed."""
+    """Returns the networks to train for each seed.
+
+    Example:
+        >>> study = Study(methods=("lsq", "noise_adaptor"), levels=(2,), epochs=(3, 30))
+        >>> [network.name for network in networks_of(study)][:3]
+        ['lsq_p2-epochs3', 'noise_adaptor_p2-epochs3', 'lsq_p2-epochs30']
+    """
+    axes = [[(axis, v) for v in values] for axis in AXES if (values := getattr(study, axis))]
     return [
-        Network(method, levels)
+        Network(method, levels, values)
+        for values in itertools.product(*axes)
         for method in study.methods
         for levels in ([FIXED_LEVELS[method]] if method in FIXED_LEVELS else study.levels)
     ]
@@ -189,7 +212,7 @@ def _measure(cell: Cell, study: Study, workdir: Path, options: Options) -> dict[
     try:
         report = measure(
             config_of(cell, study),
-            workdir / f"seed{cell.seed}",
+            workdir / cell.folder,
             options,
             num_steps=study.num_steps,
             split=study.split,
@@ -200,7 +223,7 @@ def _measure(cell: Cell, study: Study, workdir: Path, options: Options) -> dict[
         raise
     except RunError as error:
         return {"failed": str(error)}
-    kept = ("ann_noisy", "accuracy", "total_steps", "num_images")
+    kept = ("ann_noisy", "training_accuracy", "accuracy", "total_steps", "num_images")
     return {"ann": report["ann_deterministic"], **{name: report[name] for name in kept}}
 
 
@@ -214,6 +237,7 @@ def config_of(cell: Cell, study: Study) -> Config:
         levels=cell.network.levels,
         seed=cell.seed,
         **{name: value for name in CHANGED if (value := getattr(study, name)) is not None},
+        **dict(cell.network.values),
     )
 
 
@@ -236,6 +260,7 @@ class _Measured:
     failed: str | None = None
     ann: float | None = None
     ann_noisy: float | None = None
+    training_accuracy: float | None = None
     accuracy: list[float] | None = None
     total_steps: int | None = None
     num_images: int | None = None

@@ -37,13 +37,15 @@ def write_study(study: Study, cells: Cells, out: Path) -> None:
     write_bytes(out / "table.md", f"{table}\n".encode())
     print(f"\n{table}\n")
     label = f"{study.split} accuracy, %"
+    networks = networks_of(study)
     by_levels = {
-        f"p = {p}, correction: {study.corrections[0]}": [
+        ", ".join([f"p = {p}", *(f"{name} {value}" for name, value in values)]): [
             _curve(study, cells, network, study.corrections[0], network.method)
-            for network in networks_of(study)
-            if network.levels == p or network.method in FIXED_LEVELS
+            for network in networks
+            if network.values == values and (network.levels == p or network.method in FIXED_LEVELS)
         ]
         for p in study.levels
+        for values in dict.fromkeys(network.values for network in networks)
     }
     plot_panels(by_levels, label, out / "accuracy.png")
     chosen = study.levels[len(study.levels) // 2]
@@ -61,10 +63,12 @@ def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
         {
             "method": cell.network.method,
             "levels": cell.network.levels,
+            **dict(cell.network.values),
             "correction": cell.correction,
             "seed": cell.seed,
             "ann": _share(measured.get("ann")),
             "ann_noisy": _share(measured.get("ann_noisy")),
+            "training_accuracy": _share(measured.get("training_accuracy")),
             "t": t,
             "network_steps": _total(cell.correction, study, t),
             "accuracy": _share(None if "failed" in measured else measured["accuracy"][t - 1]),

@@ -240,8 +240,8 @@ def test_a_defect_keeps_its_traceback():
 
 
 def test_the_demo_makes_its_table_and_files(tmp_path, capsys, runs):
-    small = {"model": "digits_resnet8", "epochs": 1, "num_steps": 3, "seeds": 2}
-    shutil.copytree(runs / "digits_relu", tmp_path / "seed0" / "digits_relu")
+    small = {"model": ("digits_resnet8",), "epochs": (1,), "num_steps": 3, "seeds": 2}
+    shutil.copytree(runs / "digits_relu", tmp_path / "seed0-digits_resnet8" / "digits_relu")
     study = dataclasses.replace(demo.STUDY, **small)
     demo.run_demo(study, tmp_path, tmp_path / "results")
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [

@@ -9,10 +9,11 @@ import pytest
 
 from nadaptor.configs.config import check_config, replace
 from nadaptor.configs.inference import CORRECTIONS, get_inference
+from nadaptor.configs.named import parent_of
 from nadaptor.configs.tables import published
-from nadaptor.data.registry import open_source
+from nadaptor.data.registry import open_source, open_split
 from nadaptor.errors import PassingError, RunError
-from nadaptor.evaluation.accuracy import snn_accuracy
+from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
 from nadaptor.studies import study as grid
 from nadaptor.studies.named import STUDIES
 from nadaptor.studies.study import Study, cells_of, config_of, run_study
@@ -25,17 +26,19 @@ STUDY = Study(
     levels=(2,),
     seeds=1,
     corrections=("none", "srp"),
-    model="digits_resnet8",
-    epochs=1,
+    model=("digits_resnet8",),
+    epochs=(1,),
     num_steps=5,
     correction_steps=3,
 )
+
+NAME = "lsq_p2-digits_resnet8-epochs1"
 
 
 @pytest.fixture(scope="module")
 def done(runs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("study")
-    shutil.copytree(runs / "digits_relu", workdir / "seed0" / "digits_relu")
+    shutil.copytree(runs / "digits_relu", workdir / "seed0-digits_resnet8" / "digits_relu")
     return workdir, run_study(STUDY, workdir)
 
 
@@ -47,7 +50,7 @@ def test_a_study_has_a_cell_for_every_combination_and_one_network_where_p_is_fix
 def test_each_cell_is_a_simulation_of_its_network(done):
     workdir, cells = done
     cell = next(c for c in cells if c.correction == "srp")
-    snn = load_snn(workdir / "seed0" / cell.network.name / "snn")
+    snn = load_snn(workdir / cell.folder / cell.network.name / "snn")
     images = open_source("digits", "validation", 150)
     expected = snn_accuracy(*snn[:2], images, 5, inference=get_inference("srp", 3))
     assert cells[cell]["accuracy"] == expected.accuracy
@@ -63,17 +66,17 @@ def test_a_study_resumes_with_the_cells_that_are_missing(done, monkeypatch):
         return {key: value for key, value in cells[cell].items() if key not in ("settings", "made")}
 
     monkeypatch.setattr(grid, "_measure", measure)
-    removed = workdir / "cells" / "validation" / "lsq_p2-none-seed0.json"
+    removed = workdir / "cells" / "validation" / f"{NAME}-none-seed0.json"
     removed.unlink()
     assert run_study(STUDY, workdir) == cells
-    assert [(c.network.name, c.correction, c.seed) for c in measured] == [("lsq_p2", "none", 0)]
+    assert [(c.network.name, c.correction, c.seed) for c in measured] == [(NAME, "none", 0)]
 
 
 def test_cells_of_other_settings_are_refused(done):
     with pytest.raises(ValueError, match="another correction_steps; choose another workdir"):
         run_study(dataclasses.replace(STUDY, correction_steps=4), done[0])
-    with pytest.raises(ValueError, match="another config"):
-        run_study(dataclasses.replace(STUDY, epochs=2), done[0])
+    with pytest.raises(ValueError, match="another num_images"):
+        run_study(dataclasses.replace(STUDY, num_images=7), done[0])
 
 
 def made_up(study):
@@ -98,6 +101,7 @@ def test_the_files_hold_the_means_of_the_cells(tmp_path, capsys):
     assert len(rows) == len(cells) * 4  # t = 1, 2, 4 and 5
     assert {int(r["network_steps"]) - int(r["t"]) for r in rows if r["correction"] == "srp"} == {3}
     assert {r["machine"] for r in rows} == {"abacus"}
+    assert {r["epochs"] for r in rows} == {"1"}
     assert {r["levels"] for r in rows if r["method"] == "ttrbr"} == {"32"}
     table = (tmp_path / "table.md").read_text()
     line = next(line for line in table.splitlines() if "lsq_p2" in line)
@@ -120,7 +124,7 @@ def test_a_network_that_fails_is_a_cell_that_says_so(tmp_path, monkeypatch):
     assert all(m["failed"].startswith("the loss is nan") for m in cells.values())
     write_study(study, cells, tmp_path / "out")
     assert "failed" in (tmp_path / "out" / "table.md").read_text()
-    cell = tmp_path / "cells" / "validation" / "lsq_p2-none-seed0.json"
+    cell = tmp_path / "cells" / "validation" / f"{NAME}-none-seed0.json"
     assert json.loads(cell.read_text())["settings"]
 
 
@@ -144,6 +148,51 @@ def test_a_changed_figure_is_measured_again_and_a_passing_error_is_no_result(
     with pytest.raises(PassingError, match="held"):
         run_study(study, tmp_path)
     assert len(cell.read_text()) == 40
+
+
+def test_a_field_with_several_values_is_an_axis_of_the_grid():
+    study = Study(
+        methods=("lsq", "noise_adaptor"), levels=(2,), seeds=2, corrections=("none",),
+        width=(4, 8), epochs=(3, 30),
+    )
+    configs = [(config_of(c, study), c) for c in cells_of(study)]
+    wanted = {(w, e, s) for w in (4, 8) for e in (3, 30) for s in (0, 1)}
+    assert {(c.network.width, c.epochs, c.seed) for c, _ in configs} == wanted
+    assert len({(cell.folder, c.name) for c, cell in configs}) == 2 * len(wanted)
+
+
+def test_networks_that_start_from_one_parent_and_only_those_share_a_folder():
+    study = Study(methods=("lsq", "noise_adaptor"), seeds=2, width=(4, 8), epochs=(3, 30))
+    folders = {}
+    for cell in cells_of(study):
+        folders.setdefault(parent_of(config_of(cell, study)), set()).add(cell.folder)
+    assert all(len(names) == 1 for names in folders.values())
+    assert len(set().union(*folders.values())) == len(folders) == 4
+
+
+def test_a_study_that_is_extended_keeps_the_cells_it_has(done, monkeypatch):
+    workdir, cells = done
+    measured = []
+
+    def measure(cell, study, folder, options):
+        measured.append(cell.network.name)
+        return {"failed": "not asked for"}
+
+    monkeypatch.setattr(grid, "_measure", measure)
+    longer = dataclasses.replace(STUDY, epochs=(1, 2), corrections=("none",))
+    kept = run_study(longer, workdir)
+    assert measured == ["lsq_p2-digits_resnet8-epochs2"]
+    assert {c: m for c, m in cells.items() if c in kept} == {
+        c: m for c, m in kept.items() if c in cells
+    }
+
+
+def test_training_accuracy_is_of_the_images_that_were_trained_on_alone(done):
+    workdir, cells = done
+    cell = next(iter(cells))
+    model, variables, config = load_snn(workdir / cell.folder / cell.network.name / "snn")
+    source = open_split(config.data, "train")
+    assert cells[cell]["training_accuracy"] == ann_accuracy(model, variables, source)
 
 
 @pytest.mark.parametrize("name", STUDIES)
