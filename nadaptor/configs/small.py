@@ -12,7 +12,7 @@ from nadaptor.configs.paper import cifar10_resnet20
 
 
 def cifar10_8px() -> Config:
-    """Full-precision 8-layer ResNet on 2,000 images of CIFAR-10 at 8 pixels, 30 epochs.
+    """Full-precision 8-layer ResNet on 1,000 images of CIFAR-10 at 8 pixels, 30 epochs.
 
     Its training set is small, and neither cropped nor flipped, for it to be fitted soon.
 
@@ -24,11 +24,11 @@ def cifar10_8px() -> Config:
         model="cifar_resnet8",
         image_size=8,
         normalization="dataset",
-        train_size=2000,
-        validation_size=1000,
+        train_size=1000,
+        validation_size=500,
         augmentation="none",
         epochs=30,
-        batch_size=100,
+        batch_size=50,
         weight_decay=5e-4,
         select="last",
     )

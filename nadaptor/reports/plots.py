@@ -41,13 +41,9 @@ def plot_panels(
         path: file to write.
         total: whether the horizontal axis counts the steps that corrections spent, too.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(2 + 4 * columns, 3.6 * rows), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2 + 4 * columns, 3.6 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
         _draw(axes, curves, total)
@@ -56,10 +52,25 @@ def plot_panels(
         axes.set_axis_off()
     for axes in grid[:, 0]:
         axes.set_ylabel(label)
+    write_bytes(path, figure_bytes(figure))
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Returns an empty figure of matplotlib, in inches, that needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_bytes(figure: Any) -> bytes:
+    """Returns a figure as a PNG: the same figures give the same bytes."""
     image = io.BytesIO()
-    # Without the version of matplotlib inside, the same figures give the same file.
+    # Without the version of matplotlib inside.
     figure.savefig(image, format="png", metadata={"Software": None})
-    write_bytes(path, image.getvalue())
+    return image.getvalue()
 
 
 def _draw(axes: Any, curves: Sequence[Curve], total: bool) -> None:

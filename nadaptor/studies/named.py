@@ -1,5 +1,6 @@
-"""The named studies: digits, the paper's CIFAR-10 experiment, and that at a CPU's scale."""
+"""The named studies: digits, the paper's CIFAR-10 experiment, that at a CPU's scale, its causes."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -74,6 +75,61 @@ def cifar10_cpu_variants() -> Study:
     )
 
 
+def fit() -> Study:
+    """The adaptor against LSQ at p = 2 over the number of epochs, until the training set is fitted.
+
+    An 8-layer ResNet on 1,000 images of CIFAR-10 at 8 pixels, three seeds, for a CPU. The picture
+    `differences.png` shows the difference at each T over training accuracy: see RESULTS.md.
+
+    `python -m nadaptor.study fit --data-dir DIR`
+    """
+    return Study(
+        methods=("lsq", "noise_adaptor"),
+        levels=(2,),
+        seeds=3,
+        corrections=("none",),
+        config="cifar10_8px_lsq",
+        learning_rate=(0.1,),
+        epochs=(2, 20, 100),
+        num_steps=16,
+        split="test",
+        num_images=5000,
+    )
+
+
+def width() -> Study:
+    """The adaptor against LSQ over the width, at two epochs of the study "fit": x1, x2 and x4.
+
+    The noise of a layer's output is averaged over the fan-in of the next.
+
+    `python -m nadaptor.study width --data-dir DIR`
+    """
+    return dataclasses.replace(fit(), width=(16, 32, 64), epochs=(2,))
+
+
+def depth() -> Study:
+    """The adaptor against LSQ over the depth, at two epochs of the study "fit": 8, 20, 56 layers.
+
+    `python -m nadaptor.study depth --data-dir DIR`
+    """
+    models = ("cifar_resnet8", "cifar_resnet20", "cifar_resnet56")
+    return dataclasses.replace(fit(), model=models, epochs=(2,))
+
+
+def gradient() -> Study:
+    """The adaptor's gradients, at two epochs of the study "fit": Eq. 10 or Eq. 7's, g or none.
+
+    `python -m nadaptor.study gradient --data-dir DIR`
+    """
+    methods = ("lsq", "noise_adaptor", "noise_adaptor_exact", "noise_adaptor_unscaled")
+    return dataclasses.replace(fit(), methods=methods, epochs=(2,))
+
+
 STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
-    {make.__name__: make for make in (digits, cifar10, cifar10_cpu, cifar10_cpu_variants)}
+    {
+        make.__name__: make
+        for make in (
+            digits, cifar10, cifar10_cpu, cifar10_cpu_variants, fit, width, depth, gradient
+        )
+    }
 )

@@ -11,6 +11,7 @@ from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.tables import published
 from nadaptor.reports.plots import Curve, plot_panels
 from nadaptor.reports.tables import markdown
+from nadaptor.studies.differences import write_differences
 from nadaptor.studies.study import (
     FIXED_LEVELS,
     Cell,
@@ -25,6 +26,8 @@ from nadaptor.studies.study import (
 
 def write_study(study: Study, cells: Cells, out: Path) -> None:
     """Writes a study as `grid.csv`, `table.md`, `accuracy.png` and `total_steps.png`.
+
+    Where it has the noise adaptor and LSQ, their differences are written, too.
 
     Args:
         study: what was compared.
@@ -55,6 +58,7 @@ def write_study(study: Study, cells: Cells, out: Path) -> None:
         if network.levels == chosen or network.method in FIXED_LEVELS
     }
     plot_panels(by_method, label, out / "total_steps.png", total=True)
+    write_differences(study, cells, out)
 
 
 def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
