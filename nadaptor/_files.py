@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from nadaptor.errors import PassingError
+from nadaptor.errors import HeldError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,7 +72,7 @@ def hold(path: Path) -> Iterator[None]:
         path: of a file or folder that is there or not.
 
     Raises:
-        PassingError: another program holds it; the message says which, since when.
+        HeldError: another program holds it; the message says which, since when.
     """
     lock = path.with_name(f".{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def hold(path: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip() or "another program"
-            raise PassingError(
+            raise HeldError(
                 f"{path} is being made by {holder}; wait for it, or end it"
             ) from None
         # A holder that has just ended removes the file, and another may have made it anew.

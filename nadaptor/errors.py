@@ -11,6 +11,14 @@ class PassingError(RunError):
     """A run cannot go on now, and may later: it is no result of its network."""
 
 
+class HeldError(PassingError):
+    """Another program is making what a run needs, and holds its lock."""
+
+
+class OutOfTimeError(PassingError):
+    """The minutes that a run was given are over; the message says what is saved."""
+
+
 class Interrupted(RuntimeError):
     """A run was told to end by a signal; the message says what is saved.
 

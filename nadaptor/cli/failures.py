@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import jax
 
-from nadaptor.errors import Interrupted, RunError
+from nadaptor.errors import Interrupted, OutOfTimeError, RunError
 
 _PACKAGE = str(Path(__file__).parents[1])
 _SHOWN = 600
+# sysexits.h: a failure that passes, the same command goes on.
+OUT_OF_TIME = 75
 
 
 class Failure(NamedTuple):
@@ -29,8 +31,8 @@ def failure(error: BaseException) -> Failure | None:
         error: any.
 
     Returns:
-        The line and the code: 2 for bad input, 1 for a run or a machine that failed, and 128 and
-        the number of the signal for a run that one ended.
+        The line and the code: 2 for bad input, 1 for a run or a machine that failed, 75 for a run
+        whose minutes are over, and 128 and the number of the signal for a run that one ended.
 
     Example:
         >>> failure(RunError("the loss is nan"))
@@ -38,6 +40,8 @@ def failure(error: BaseException) -> Failure | None:
         >>> failure(KeyboardInterrupt()).code
         130
     """
+    if isinstance(error, OutOfTimeError):
+        return Failure(_line(error), OUT_OF_TIME)
     if isinstance(error, RunError):
         return Failure(_line(error), 1)
     if isinstance(error, Interrupted):

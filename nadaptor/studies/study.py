@@ -8,22 +8,23 @@ keeps what it has; the table, the CSV file and the plots are made from the cells
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nadaptor._checks import check_count
-from nadaptor._files import making, write_json
+from nadaptor._files import check_writable, hold, write_json
 from nadaptor._provenance import provenance
 from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
 from nadaptor.configs.config import Config, Dtype, replace, to_json
 from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.named import INHERITED, get_config
-from nadaptor.errors import PassingError, RunError
+from nadaptor.errors import HeldError, PassingError, RunError
 from nadaptor.evaluation.report import SplitToMeasure
 from nadaptor.models.config import ACTIVATIONS
 from nadaptor.studies.measure import measure
-from nadaptor.training.options import DEFAULT, Options
+from nadaptor.training.options import DEFAULT, Deadline, Options
 
 Method = Literal[
     "lsq",
@@ -54,6 +55,8 @@ SETTINGS = ("num_steps", "correction_steps", "split", "num_images")
 # Fields of a study that are put in place of its config's, and those that are axes of its grid.
 CHANGED = ("image_size", "dtype")
 AXES = ("model", "width", "train_size", "learning_rate", "epochs")
+# Between two looks at a cell that another process holds.
+POLL_SECONDS = 1.0
 Cells = Mapping["Cell", Mapping[str, Any]]
 
 
@@ -137,9 +140,11 @@ def _suffix(values: Iterable[tuple[str, Any]]) -> str:
     return "".join(f"-{v if isinstance(v, str) else f'{name}{v}'}" for name, v in values)
 
 
-@making("workdir")
 def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
     """Trains, converts and simulates all of a study that is not there yet.
+
+    Any number of processes that see one folder share a study: each takes a cell that no other
+    holds, and whichever is killed, its cell is free again. All return once all cells are there.
 
     Args:
         study: what to compare.
@@ -157,19 +162,34 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
 
     Raises:
         ValueError: a name or count is out of range, or `workdir` holds cells of other settings.
+        OutOfTimeError: the minutes of `options` are over; the same command goes on.
     """
+    check_writable(workdir)
     for count, name in ((study.seeds, "seeds"), (study.num_steps, "num_steps")):
         check_count(count, name)
+    deadline = Deadline(options.max_minutes)
     cells = list(cells_of(study))
-    for done, cell in enumerate(cells, start=1):
-        path = _path(workdir, study.split, cell)
-        if _is_measured(path, cell, study):
-            continue
-        print(f"[{done} of {len(cells)}] {cell.network.name}, {cell.correction}, seed {cell.seed}")
-        settings = _settings(cell, study)
-        measured = _measure(cell, study, workdir, options)
-        write_json(path, seal({"settings": settings, "made": provenance(), **measured}))
+    waiting = cells
+    while waiting := [c for c in waiting if not _make(c, study, workdir, options, deadline)]:
+        # Others hold these, or a network or parent of theirs.
+        time.sleep(POLL_SECONDS)
     return {cell: _read(_path(workdir, study.split, cell), cell, study) for cell in cells}
+
+
+def _make(cell: Cell, study: Study, workdir: Path, options: Options, deadline: Deadline) -> bool:
+    """Measures a cell unless it is there; False where another process is at it."""
+    path = _path(workdir, study.split, cell)
+    try:
+        with hold(path):
+            if not _is_measured(path, cell, study):
+                print(f"{cell.network.name}, {cell.correction}, seed {cell.seed}")
+                settings = _settings(cell, study)
+                left = dataclasses.replace(options, max_minutes=deadline.minutes_left())
+                measured = _measure(cell, study, workdir, left)
+                write_json(path, seal({"settings": settings, "made": provenance(), **measured}))
+    except HeldError:
+        return False
+    return True
 
 
 def cells_of(study: Study) -> Iterator[Cell]:

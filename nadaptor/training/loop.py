@@ -18,14 +18,13 @@ from nadaptor.checkpoints.snapshots import Snapshot, Snapshots
 from nadaptor.configs.config import Config, from_json, to_json
 from nadaptor.configs.named import INHERITED, parent_of
 from nadaptor.data.registry import open_split
-from nadaptor.errors import Interrupted
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.parallel import agree, start_processes
 from nadaptor.reports.tables import percent
 from nadaptor.training.feed import open_feed
 from nadaptor.training.logs import Log
 from nadaptor.training.monitor import EMPTY, Tally, add_step, epoch_row, restore_tally
-from nadaptor.training.options import DEFAULT, Options
+from nadaptor.training.options import DEFAULT, ENDLESS, Deadline, Options
 from nadaptor.training.run import Run, first_state, open_run, read_weights, state_shape
 from nadaptor.training.signals import told_to_end
 from nadaptor.training.state import TrainState
@@ -66,11 +65,12 @@ def train(config: Config, workdir: Path, options: Options = DEFAULT) -> Path:
         ValueError: a name is unknown, a value or a file is bad, or the folder holds a run of
             another config or data set; the message names the field that differs.
         RunError: the loss is not finite, or diverges; the last good snapshot is kept.
+        OutOfTimeError: the minutes of `options` are over; the message says what is saved.
         Interrupted: SIGTERM, SIGINT or SIGHUP came; the message says what is saved.
     """
     check_local(workdir, "workdir")
     start_processes(options.coordinator, options.num_processes, options.process_id)
-    return _train(config, workdir, options)
+    return _train(config, workdir, options, Deadline(options.max_minutes))
 
 
 def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> Evaluation:
@@ -102,7 +102,7 @@ def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> Evalu
 
 
 def fit(
-    run: Run, folder: Path, snapshots: Snapshots, start: Snapshot
+    run: Run, folder: Path, snapshots: Snapshots, start: Snapshot, deadline: Deadline = ENDLESS
 ) -> tuple[Any, dict[str, float]]:
     """Runs the epochs of one config that are still to run.
 
@@ -111,6 +111,7 @@ def fit(
         folder: where the metrics go.
         snapshots: of the run.
         start: the state to go on from, and what was measured until then.
+        deadline: when to end at a snapshot.
 
     Returns:
         The variables to hand on, on the host, and the row of metrics of the epoch they are from.
@@ -118,13 +119,14 @@ def fit(
     Raises:
         RunError: the loss is not finite, or diverges.
         Interrupted: a signal came; the message says what is saved.
+        OutOfTimeError: so does its message.
     """
     config, devices = run.config, run.devices
     tally, rows = restore_tally(start.card)
     waiting, fetched, rate, started = deque(), 0, 0.0, time.perf_counter()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(run, folder, start.step))
-        told = stack.enter_context(told_to_end(devices.process_count))
+        told = stack.enter_context(told_to_end(devices.process_count, deadline))
         feed = stack.enter_context(open_feed(run, start.step))
         state = feed.replicate(start.state)
         for call, span in enumerate(feed.spans):
@@ -149,11 +151,11 @@ def fit(
             if snapshot and tally.high_since < 0:
                 snapshots.save(done, state, _progress(tally, rows, start.card.get("parent")))
             if ended and done < run.total_steps:
-                raise Interrupted(_what_is_saved(done, snapshots.last_on_disk()), told.number)
+                raise told.error(_what_is_saved(done, snapshots.last_on_disk()))
         return _result(run, snapshots, state, rows)
 
 
-def _train(config: Config, workdir: Path, options: Options) -> Path:
+def _train(config: Config, workdir: Path, options: Options, deadline: Deadline) -> Path:
     run = open_run(config, options)  # bad input shows before the parent is trained
     folder = workdir / config.name
     agree(_asked(run))
@@ -162,22 +164,22 @@ def _train(config: Config, workdir: Path, options: Options) -> Path:
     with locked:
         if (folder / "checkpoint").exists():
             return _finished(folder / "checkpoint", config, to_json(config))
-        return _go_on(run, workdir, folder)
+        return _go_on(run, workdir, folder, deadline)
 
 
-def _go_on(run: Run, workdir: Path, folder: Path) -> Path:
+def _go_on(run: Run, workdir: Path, folder: Path, deadline: Deadline) -> Path:
     """Trains what is still to be trained, from the last snapshot, the parent or the beginning."""
     config, options, checkpoint = run.config, run.options, folder / "checkpoint"
     parent = None if (folder / "snapshots").exists() else parent_of(config)
     if parent and not options.init_from:
-        _train_parent(parent, workdir, options)
+        _train_parent(parent, workdir, options, deadline)
     said = {**run.card, "setting": _setting(run)}
     with contextlib.closing(Snapshots(folder / "snapshots", options.keep, said)) as snapshots:
         start = snapshots.latest(state_shape(run)) or _begin(run, workdir)
         agree({"the step to go on from": start.step})
         if run.devices.process_index == 0:
             print(f"{config.name}: {_where_it_starts(run, start, said)}")
-        variables, metrics = fit(run, folder, snapshots, start)
+        variables, metrics = fit(run, folder, snapshots, start, deadline)
     if run.devices.process_index == 0:
         card = {**run.card, "parent": start.card.get("parent"), "metrics": metrics}
         save_checkpoint(checkpoint, "ann", variables, card)
@@ -220,13 +222,13 @@ def _where_it_starts(run: Run, start: Snapshot, said: Mapping[str, Any]) -> str:
     return line
 
 
-def _train_parent(parent: Config, workdir: Path, options: Options) -> None:
+def _train_parent(parent: Config, workdir: Path, options: Options, deadline: Deadline) -> None:
     """Trains the full-precision network, unless that is done."""
     checkpoint = workdir / parent.name / "checkpoint"
     if checkpoint.exists():
         _finished(checkpoint, parent, INHERITED)
     else:
-        _train(parent, workdir, options)
+        _train(parent, workdir, options, deadline)
         _meet(parent.name)
 
 

@@ -1,7 +1,10 @@
 """What a training run is asked for beside its config."""
 
 import dataclasses
+import time
 from pathlib import Path
+
+from nadaptor.errors import OutOfTimeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Options:
     dry_run: bool = False
     # Steps between snapshots; by default one at the end of each epoch, as there is in any case.
     snapshot_steps: int | None = None
+    # Minutes after which to end at a snapshot, to go on elsewhere; by default no end. Compiling
+    # counts; what is done between two steps, as a validation, is not cut.
+    max_minutes: float | None = None
     # Latest snapshots to keep, beside the best.
     keep: int = 2
     # Have the training images on the devices, and all steps until the next snapshot run as one
@@ -38,4 +44,35 @@ class Options:
     tensorboard: bool = False
 
 
+class Deadline:
+    """When the minutes that a command was given are over, from the moment this is made."""
+
+    def __init__(self, minutes: float | None) -> None:
+        """Takes the minutes; None for no end.
+
+        Raises:
+            ValueError: they are not positive.
+        """
+        if minutes is not None and not 0 < minutes < float("inf"):
+            raise ValueError(f"max_minutes must be positive, not {minutes!r}")
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def minutes_left(self) -> float | None:
+        """Returns what is left, above 0; None where there is no end.
+
+        Raises:
+            OutOfTimeError: nothing is.
+        """
+        if self._end is None:
+            return None
+        if self.over():
+            raise OutOfTimeError("the minutes are over; the same command goes on")
+        return (self._end - time.monotonic()) / 60
+
+    def over(self) -> bool:
+        """Whether nothing is left."""
+        return self._end is not None and time.monotonic() >= self._end
+
+
 DEFAULT = Options()
+ENDLESS = Deadline(None)

@@ -1,8 +1,8 @@
-"""How a run is told to end: by SIGTERM, by Ctrl-C, by a terminal that closes.
+"""How a run is told to end: by SIGTERM, by Ctrl-C, by a terminal that closes, by the time.
 
-All three end it at the next step, with a snapshot. Before the first step is done nothing is lost by
-ending at once, and a compilation, which Python's handlers wait for, may last for minutes: a thread
-ends the program then. A second Ctrl-C ends it at once, too.
+All of them end it at the next step, with a snapshot. Before the first step is done nothing is lost
+by ending at once, and a compilation, which Python's handlers wait for, may last for minutes: a
+thread ends the program then. A second Ctrl-C ends it at once, too.
 """
 
 import contextlib
@@ -14,23 +14,38 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nadaptor.errors import Interrupted, OutOfTimeError
+from nadaptor.training.options import ENDLESS, Deadline
+
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _NOTHING_LOST = "told to end before its first step was done; the same command resumes"
 
 
 class Told:
-    """Whether a run was told to end, and by which signal; to be asked at every step."""
+    """Whether a run was told to end, and by what; to be asked at every step."""
 
-    def __init__(self, agreed: Callable[[int], bool] | None = None) -> None:
-        """Takes how several processes agree on the step to end at."""
+    def __init__(
+        self, agreed: Callable[[int], bool] | None = None, deadline: Deadline = ENDLESS
+    ) -> None:
+        """Takes how several processes agree on the step to end at, and when it is time."""
         self.number: int = signal.SIGTERM
         self._came = self._began = False
-        self._agreed = agreed
+        self._agreed, self._deadline = agreed, deadline
 
     def __call__(self, call: int) -> bool:
         """Returns whether to end after this step; to be called with 0, 1, 2, ..."""
         self._began = True
+        if self._deadline.over() and not self._came:
+            self._came = True
+            if self._agreed:
+                os.kill(os.getpid(), signal.SIGTERM)
         return self._agreed(call) if self._agreed else self._came
+
+    def error(self, message: str) -> Exception:
+        """Returns what to raise at the end."""
+        if self._deadline.over():
+            return OutOfTimeError(message)
+        return Interrupted(message, self.number)
 
     def handle(self, number: int, _: Any = None) -> None:
         """Notes a signal, as its handler."""
@@ -52,15 +67,17 @@ class Told:
 
 
 @contextlib.contextmanager
-def told_to_end(process_count: int) -> Iterator[Told]:
+def told_to_end(process_count: int, deadline: Deadline = ENDLESS) -> Iterator[Told]:
     """Yields what says whether a signal has come, on all processes alike.
 
     Only the main thread may set handlers; in another one a run is never told.
 
     Args:
         process_count: of the run.
+        deadline: of the run, as a signal that comes at its end: where the processes of a run
+            disagree on the time, all end with the first.
     """
-    told = Told(_agreement() if process_count > 1 else None)
+    told = Told(_agreement() if process_count > 1 else None, deadline)
     if threading.current_thread() is not threading.main_thread():
         yield told
         return

@@ -2,8 +2,13 @@
 
 import csv
 import dataclasses
+import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,13 +17,14 @@ from nadaptor.configs.inference import CORRECTIONS, get_inference
 from nadaptor.configs.named import parent_of
 from nadaptor.configs.tables import published
 from nadaptor.data.registry import open_source, open_split
-from nadaptor.errors import PassingError, RunError
+from nadaptor.errors import OutOfTimeError, PassingError, RunError
 from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
 from nadaptor.studies import study as grid
 from nadaptor.studies.named import STUDIES
 from nadaptor.studies.study import Study, cells_of, config_of, run_study
 from nadaptor.studies.table import write_study
-from nadaptor.training import load_snn
+from nadaptor.training import load_snn, options
+from nadaptor.training.options import Options
 
 pytestmark = pytest.mark.usefixtures("quick")
 STUDY = Study(
@@ -79,12 +85,67 @@ def test_cells_of_other_settings_are_refused(done):
         run_study(dataclasses.replace(STUDY, num_images=7), done[0])
 
 
+WORKER = """
+import sys
+from pathlib import Path
+from nadaptor.studies import study as grid
+from nadaptor.studies.study import Study
+
+def measure(cell, *_):
+    print(cell.seed, flush=True)
+    sys.stdin.read()  # until it is killed
+
+grid._measure = measure
+grid.run_study(Study(methods=("lsq",), levels=(2,), seeds=4, corrections=("none",)), Path("s"))
+"""
+
+
+def test_workers_share_a_study_and_the_cell_of_one_that_is_killed_is_another_workers(
+    tmp_path, monkeypatch
+):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(Path(grid.__file__).parents[2])}
+    command = [sys.executable, "-c", WORKER]
+    worker = subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
+    try:
+        worker.stdout.readline()  # which cell it begins
+        taken = int(worker.stdout.readline())
+        measured = []
+
+        def measure(cell, *_):
+            measured.append(cell.seed)
+            if len(measured) == 3:
+                assert taken not in measured  # the other process holds it
+                worker.kill()
+                worker.wait()
+            return {"failed": "made up"}
+
+        monkeypatch.setattr(grid, "_measure", measure)
+        study = Study(methods=("lsq",), levels=(2,), seeds=4, corrections=("none",))
+        cells = run_study(study, tmp_path / "s")
+    finally:
+        worker.kill()
+        worker.communicate()
+    assert len(cells) == 4 and sorted(measured) == [0, 1, 2, 3] and measured[-1] == taken
+
+
+def test_a_study_whose_minutes_are_over_begins_no_cell(tmp_path, monkeypatch):
+    clock = itertools.count(step=30.0)
+    monkeypatch.setattr(options.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(grid, "_measure", lambda *_: {"failed": "made up"})
+    with pytest.raises(OutOfTimeError, match="the same command goes on"):
+        run_study(STUDY, tmp_path, Options(max_minutes=1.5))
+    assert len(list((tmp_path / "cells" / "validation").glob("*.json"))) == 1
+    assert len(run_study(STUDY, tmp_path)) == 2
+
+
 def made_up(study):
     """Cells of a study with accuracies that rise with t and differ between seeds."""
     return {
         cell: {
             "ann": 0.9,
             "ann_noisy": 0.8,
+            "training_accuracy": 0.95,
             "made": {"date": "2026-01-02", "machine": "abacus", "commit": "c0ffee"},
             "accuracy": [0.1 * (t + 1) + 0.01 * cell.seed for t in range(study.num_steps)],
             "total_steps": study.num_steps + (3 if cell.correction == "srp" else 0),
