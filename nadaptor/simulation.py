@@ -20,6 +20,7 @@ from nadaptor._execution.sums import nothing_sent
 from nadaptor._execution.tiles import (
     SHARED,
     batch_axis,
+    check_example_outputs,
     choose_sizes,
     example_axes,
     in_tiles,
@@ -152,11 +153,14 @@ def simulate(
     _check_independent("devices", list(devices), in_axes)
     axes, number = example_axes(in_axes, args)
     net = convert(*args)
-    return _together(
-        in_shards(
-            run_part, args, axes, number, devices, lambda *part: out_axes(net, convert(*part))
-        )
-    )
+    check_example_outputs(net.output_shapes, number)
+
+    def out_axes_of(*args: Any) -> Any:
+        part = convert(*args)
+        check_example_outputs(part.output_shapes, number // len(devices))
+        return out_axes(net, part)
+
+    return _together(in_shards(run_part, args, axes, number, devices, out_axes_of))
 
 
 def run_in_tiles(
@@ -188,6 +192,7 @@ def run_in_tiles(
     if in_axes is None:
         return run(net, net.prepare(*args), min(steps_per_chunk or 1, num_steps))
     axes, number = example_axes(in_axes, args)
+    check_example_outputs(net.output_shapes, number)
     shapes = [layer.shape for layer in net.layers]
     tile, chunk = choose_sizes(shapes, number, num_steps, jax.default_backend())
     tile, chunk = tile_size or tile, min(steps_per_chunk or chunk, num_steps)
@@ -198,6 +203,7 @@ def run_in_tiles(
 
     def start(*args: Any) -> Callable[..., Any]:
         part = convert(*args)
+        check_example_outputs(part.output_shapes, min(tile, number) if not parts else number % tile)
         parts.append(part)
         shared = part.prepare_shared(args, [axis is not None for axis in axes])
         return lambda *args: run(part, part.prepare(*args, shared=shared), chunk)

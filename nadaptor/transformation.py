@@ -20,12 +20,14 @@ from nadaptor._execution.means import Averages, Means
 from nadaptor._execution.placement import shard_like
 from nadaptor._jaxpr.affine import describe
 from nadaptor._jaxpr.layers import Layer, find_layers, fitting_neuron
-from nadaptor._jaxpr.plan import MEAN, SPIKING, Plan, check_outputs, kind_of, plan
+from nadaptor._jaxpr.plan import MEAN, SPIKING, Plan, check_outputs, is_mean, kind_of, plan
 from nadaptor._jaxpr.summable import summable
 from nadaptor._jaxpr.trace import Atom, Op, Trace, trace, variables
 from nadaptor.neurons import Coding, Neuron, State
 
 Prepared = tuple[jax.Array, ...]
+# Operations that `jax.vmap` cannot map, or not over all of their operands.
+_NO_BATCHING = {"linear_call", "ragged_dot_general"}
 Activate = Callable[[int, jax.Array], tuple[Any, jax.Array]]
 Nonaffine = Literal["refuse", "running_mean"]
 
@@ -40,6 +42,7 @@ class SpikingNetwork:
     layers: tuple[Layer, ...]
     neuron: Neuron
     coding: Coding
+    output_shapes: Any  # the function's result as `jax.ShapeDtypeStruct`s
     _trace: Trace = dataclasses.field(repr=False)
     _plan: Plan = dataclasses.field(repr=False)
     _in_avals: tuple[Any, ...] = dataclasses.field(repr=False)
@@ -58,7 +61,7 @@ class SpikingNetwork:
         Each line of the user's code and function that it calls is named once.
         """
         kinds = self._plan.kinds
-        ops = (op for op in self._plan.stepwise if kinds[op.outputs[0]] == MEAN)
+        ops = (op for op in self._plan.stepwise if is_mean(op, kinds))
         return tuple(dict.fromkeys(f"{describe(op)} at {op.location.source}" for op in ops))
 
     @property
@@ -200,11 +203,13 @@ class SpikingNetwork:
                 x, dtype = operands[0], operands[0].dtype
                 if averages is not None and layer.from_mean:
                     x = averages.current(op.inputs[0], x)
-                keep, out = activate(i, _current(x, layer, steps, self.coding))
+                current = _current(x, layer, steps, self.coding)
+                keep, out = activate(i, current)
                 kept.append(keep)
-                outputs = [out.astype(dtype)]
+                # NaN is at no threshold: else a neuron would make a plausible zero of it.
+                outputs = [jnp.where(jnp.isnan(current), current, out).astype(dtype)]
             else:
-                if averages is not None and self._plan.kinds[op.outputs[0]] == MEAN:
+                if averages is not None and is_mean(op, self._plan.kinds):
                     operands = [
                         averages.mean(i, x) if kind == SPIKING else x
                         for i, x, kind in zip(op.inputs, operands, kinds, strict=True)
@@ -269,6 +274,8 @@ def spiking(
     Returns:
         The network: `prepare`, `init`, `step` and the list of its `layers`.
 
+    `jax.debug.print` and `jax.debug.callback` run at every step.
+
     Raises:
         ValueError: the function cannot be converted. The message names the operation, the line of
             the user's code and the remedy: an operation on spikes that is not affine, an output
@@ -308,6 +315,7 @@ def spiking(
         layers=layers,
         neuron=fitting_neuron(neuron, coding, layers),
         coding=coding,
+        output_shapes=shapes,
         _trace=traced,
         _plan=parts,
         _in_avals=tuple(closed.in_avals),
@@ -342,6 +350,12 @@ def _bind(
     if steps is None:
         return op.bind(*operands)
     axes = [None if kind is None else 0 for kind in kinds]
+    if op.effects or op.primitive.name in _NO_BATCHING:
+        each = [
+            op.bind(*(x if axis is None else x[i] for x, axis in zip(operands, axes, strict=True)))
+            for i in range(steps)
+        ]
+        return [jnp.stack(outputs) for outputs in zip(*each, strict=True)]
     return jax.vmap(op.bind, axes, axis_size=steps)(*operands)
 
 

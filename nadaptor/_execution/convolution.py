@@ -155,7 +155,10 @@ def kn2row(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
 def _spans(outputs: int, edge: tuple[int, int]) -> list[tuple[int, int]]:
     """For each of the filter's three positions along an axis, the outputs it has a pixel for."""
     before, after = edge
-    return [(max(0, before - i), min(outputs, outputs + 2 - after - i)) for i in range(3)]
+    starts = [min(outputs, max(0, before - i)) for i in range(3)]
+    # A position may lie in the padding alone, and then meets no pixel.
+    ends = [max(start, min(outputs, outputs + 2 - after - i)) for i, start in enumerate(starts)]
+    return list(zip(starts, ends, strict=True))
 
 
 def _share_in_image(outputs: Sequence[int], padding: Padding) -> float:

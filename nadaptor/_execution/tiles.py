@@ -125,6 +125,18 @@ def example_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[list[int | None],
     return axes, sizes.pop()
 
 
+def check_example_outputs(shapes: Any, number: int) -> None:
+    """Raises a ValueError unless all outputs of a function have the examples along axis 0."""
+    for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+        if x.ndim == 0 or x.shape[0] != number:
+            name = " ".join(filter(None, ("output", jax.tree_util.keystr(path))))
+            raise ValueError(
+                f"{name} has shape {x.shape}, no {number} examples along axis 0; with in_axes a "
+                "function has to return each example's result, its axis first: sum or average "
+                "over the examples outside"
+            )
+
+
 def _is_none(x: Any) -> bool:
     return x is None
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from nadaptor._jaxpr.trace import Op, contains, is_mark, sub_jaxprs
+from nadaptor._jaxpr.trace import Op, contains, is_mark, reached, sub_jaxprs
 
 
 def _words(text: str) -> frozenset[str]:
@@ -21,6 +21,7 @@ _JOINTLY = _words(
     "add sub add_any neg concatenate stack unstack pad reshape squeeze expand_dims transpose "
     "broadcast_in_dim slice split rev reduce_sum cumsum reduce_window_sum convert_element_type "
     "reduce_precision copy copy_p tile name optimization_barrier sharding_constraint device_put "
+    "layout_constraint reshard "
     "psum psum_invariant pvary pcast ppermute all_gather all_gather_invariant all_to_all "
     "reduce_scatter stop_gradient fft real imag conj complex"
 )
@@ -38,6 +39,12 @@ _POSITIONS = {
     "scatter-mul": (0,),
     "triangular_solve": (1,),
 }
+# Affine in one of the operands at these positions while all others are static.
+_EITHER = {
+    "ragged_dot_general": (0, 1),
+    "bcoo_dot_general": (0, 2),
+    "bcsr_dot_general": (0, 3),
+}
 _RANDOM = _words("random_bits threefry2x32 rng_bit_generator rng_uniform random_gamma")
 
 _NAMES = {"reduce_window_max": "max_pool", "select_and_gather_add": "max_pool"}
@@ -51,6 +58,8 @@ _NORM = (
     "(use_running_average=True)"
 )
 _BRANCH = "write the loop or branch in Python, or as lax.scan"
+_PROBABILITIES = _words("sigmoid logistic log_sigmoid")
+_STEP_EFFECTS = {"DebugEffect", "OrderedDebugEffect"}
 _REMEDIES = {
     "max_pool": "replace max_pool by avg_pool before training",
     "max": "for a ReLU use a quantized activation such as nadaptor.lsq; for pooling, avg_pool",
@@ -79,16 +88,27 @@ _DIVISOR = (
     "with running averages"
 )
 _NOT_AFFINE = "acts on spikes and is not affine"
+_NOT_KNOWN = "acts on spikes and is not known to be affine"
 _OPTIONS = "; or let it act on running means, nonaffine='running_mean', or on sums, coding='sum'"
 _DEFAULT = "between quantizers only affine operations can act on spikes; replace it or move it out"
 
 
-def check_affine(op: Op, spiking: Sequence[bool]) -> None:
-    """Raises a ValueError unless `op` is affine in the operands for which `spiking` is true."""
+def check_affine(op: Op, spiking: Sequence[bool], last: bool = False) -> None:
+    """Raises a ValueError unless `op` is affine in the operands for which `spiking` is true.
+
+    Args:
+        op: an operation that spikes reach.
+        spiking: for each operand, whether spikes reach it.
+        last: whether its result is one of the function's.
+    """
     name = op.primitive.name
     count = sum(spiking)
     if any(contains(sub, is_mark) for sub in sub_jaxprs(op.params)):
         check_no_inner_mark(op)
+    elif op.bodies:
+        _check_bodies(op)
+    elif op.effects and not op.outputs:
+        pass
     elif name in _JOINTLY:
         _check_floating(op)
     elif name in _PRODUCTS:
@@ -100,6 +120,15 @@ def check_affine(op: Op, spiking: Sequence[bool]) -> None:
     elif name in _POSITIONS:
         if any(spikes and i not in _POSITIONS[name] for i, spikes in enumerate(spiking)):
             raise _refusal(op, _DIVISOR if name == "div" else "its indices depend on spikes")
+    elif name in _EITHER:
+        if count > 1 or not any(spiking[i] for i in _EITHER[name]):
+            raise _refusal(op, _PRODUCT)
+    elif name == "custom_linear_solve":
+        # The operands before the last ones are the matrix.
+        if any(spiking[: sum(op.params["const_lengths"])]):
+            raise _refusal(op, _DIVISOR)
+    elif last and _PROBABILITIES.intersection((name, op.location.call)):
+        raise _refusal(op, _LOGITS)
     elif not (_is_sum(op) or (name == "integer_pow" and op.params["y"] == 1)):
         raise _refusal(op, _remedy(op))
 
@@ -111,6 +140,33 @@ def is_affine(op: Op, spiking: Sequence[bool]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _check_bodies(op: Op) -> None:
+    """Checks what a call that is kept whole does with the spikes that reach it."""
+    for body in op.bodies:
+        for inner in body.ops:
+            spikes = reached(body.spiking, inner.inputs)
+            try:
+                if any(spikes):
+                    check_affine(inner, spikes)
+                else:
+                    check_not_random(inner)
+            except ValueError as error:
+                if op.primitive.name == "cond":
+                    raise _refusal(op, _BRANCH) from error
+                raise
+
+
+def check_effects(op: Op) -> None:
+    """Raises a ValueError for what has an effect that a time step cannot repeat."""
+    if op.effects - _STEP_EFFECTS:
+        raise _refusal(
+            op,
+            "only jax.debug.print and jax.debug.callback can run at every time step; take it out "
+            "of the function",
+            f"has a side effect ({', '.join(sorted(op.effects))})",
+        )
 
 
 def _is_sum(op: Op) -> bool:
@@ -162,8 +218,10 @@ def describe(op: Op) -> str:
 
 
 def _refusal(op: Op, remedy: str, fault: str = _NOT_AFFINE) -> ValueError:
+    others = _OPTIONS if fault == _NOT_AFFINE else ""
+    if fault == _NOT_AFFINE and remedy == _DEFAULT:
+        fault = _NOT_KNOWN
     shown = describe(op)
     where = f" at {op.location.source}" if op.location.source else ""
     scope = f" in {op.location.scope}" if op.location.scope else ""
-    others = _OPTIONS if fault == _NOT_AFFINE else ""
     return ValueError(f"cannot convert to spikes: {shown}{where}{scope} {fault}: {remedy}{others}")

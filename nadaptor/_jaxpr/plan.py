@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 
-from nadaptor._jaxpr.affine import check_affine, check_no_inner_mark, check_not_random, is_affine
+from nadaptor._jaxpr.affine import (
+    check_affine,
+    check_effects,
+    check_no_inner_mark,
+    check_not_random,
+    is_affine,
+)
 from nadaptor._jaxpr.trace import Atom, Op, Trace, contains, reached, sub_jaxprs, variables
 
 _COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_gather"}
@@ -45,8 +51,10 @@ def plan(traced: Trace, coding: str, nonaffine: str = "refuse") -> Plan:
         ValueError: an operation cannot be converted; the message names it, its line and a remedy.
     """
     static, stepwise, kinds = [], [], dict[int, str]()
+    results = set(variables(traced.outputs))
     for op in traced.ops:
-        kind = SPIKING if op.mark is not None else _kind(op, kinds, coding, nonaffine)
+        last = not results.isdisjoint(op.outputs)
+        kind = SPIKING if op.mark is not None else _kind(op, kinds, coding, nonaffine, last)
         (static if kind is None else stepwise).append(op)
         if kind is not None:
             kinds.update(dict.fromkeys(op.outputs, kind))
@@ -57,7 +65,7 @@ def plan(traced: Trace, coding: str, nonaffine: str = "refuse") -> Plan:
         for i in variables(op.inputs):
             if op.mark is not None and kinds.get(i) == MEAN:
                 fed[i] = made[i]
-            elif kinds[op.outputs[0]] == MEAN and kinds.get(i) == SPIKING:
+            elif is_mean(op, kinds) and kinds.get(i) == SPIKING:
                 averaged[i] = made[i]
     return Plan(
         tuple(static),
@@ -75,6 +83,11 @@ def kind_of(kinds: dict[int, str], atom: Atom) -> str | None:
     return None if isinstance(atom, Literal) else kinds.get(atom)
 
 
+def is_mean(op: Op, kinds: dict[int, str]) -> bool:
+    """Says whether an operation works on means; one without results looks at the spikes."""
+    return bool(op.outputs) and kinds[op.outputs[0]] == MEAN
+
+
 def check_outputs(traced: Trace, outputs: Iterable[tuple[Any, str]]) -> None:
     """Raises a ValueError unless there is a quantizer, and spikes reach each (atom, name)."""
     if not any(op.mark for op in traced.ops):
@@ -90,14 +103,17 @@ def check_outputs(traced: Trace, outputs: Iterable[tuple[Any, str]]) -> None:
             )
 
 
-def _kind(op: Op, kinds: dict[int, str], coding: str, nonaffine: str) -> str | None:
+def _kind(op: Op, kinds: dict[int, str], coding: str, nonaffine: str, last: bool) -> str | None:
     """What an operation that is no mark makes of its operands."""
     spikes = reached(kinds.keys(), op.inputs)
+    check_effects(op)
     if any(spikes) and coding == "rate" and nonaffine == "refuse":
-        check_affine(op, spikes)
+        check_affine(op, spikes, last)
         return SPIKING
     check_no_inner_mark(op)
     check_not_random(op)
+    if op.effects and not op.outputs:
+        return SPIKING  # what only looks, as jax.debug.print does, looks at every step
     if not any(spikes):
         return None
     means = any(kind_of(kinds, atom) == MEAN for atom in op.inputs)

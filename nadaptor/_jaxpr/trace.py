@@ -5,6 +5,7 @@ code it was written and which library call (`softmax`, `relu`) it is a part of, 
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -19,18 +20,25 @@ Atom = int | Literal
 Rewrite = Callable[[Any, Sequence[bool]], ClosedJaxpr | None]
 
 # Calls that only group operations, and the parameter that holds their body.
-BODIES = {
+_GROUPS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
+    "custom_vmap_call": "call",
+}
+# Calls with a derivative of their own, which is kept with them unless they hold a mark.
+_CUSTOM = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "custom_vmap_call": "call",
 }
+_KEPT = {**_CUSTOM, "linear_call": "callee"}
+BODIES = {**_GROUPS, **_CUSTOM}
+# From so many turns on, the user is told what a scan with quantizers costs.
+_MANY_TURNS = 100
 # Operations that change the shape of their operand, or the order of its axes.
 _MOVES = {"transpose", "broadcast_in_dim", "reshape", "squeeze", "expand_dims"}
 
@@ -46,6 +54,8 @@ class Op(NamedTuple):
     context: Any
     location: Location
     mark: Mark | None
+    bodies: "tuple[Trace, ...]"  # of a call that is kept whole, where spikes reach it
+    effects: frozenset[str]  # what it does beside its results: DebugEffect, IOEffect, ...
 
     def bind(self, *values: Any) -> list[Any]:
         """Evaluates the operation on values; always returns a list."""
@@ -72,9 +82,16 @@ def trace(closed: ClosedJaxpr, rewrite: Rewrite | None = None) -> Trace:
         rewrite: takes an equation and, for each operand, whether spikes reach it; returns what to
             put in its place, or None to keep it.
     """
+    return _trace(closed, [False] * len(closed.jaxpr.invars), NOWHERE, rewrite)
+
+
+def _trace(
+    closed: ClosedJaxpr, spikes: Sequence[bool], location: Location, rewrite: Rewrite | None = None
+) -> Trace:
     inliner = _Inliner(rewrite)
     inputs = tuple(next(inliner.fresh) for _ in closed.jaxpr.invars)
-    outputs = inliner.inline(closed, inputs, NOWHERE)
+    inliner.spiking.update(i for i, reached_ in zip(inputs, spikes, strict=True) if reached_)
+    outputs = inliner.inline(closed, inputs, location)
     ops, spiking = _live(inliner.ops, outputs), frozenset(inliner.spiking)
     return Trace(ops, inputs, inliner.consts, tuple(outputs), spiking)
 
@@ -143,6 +160,8 @@ class _Inliner:
         body = _body(eqn, reached(self.spiking, operands), self.rewrite)
         if body is not None:
             function = eqn.params["jaxpr"] if eqn.primitive.name == "scan" else body
+            if eqn.primitive.name == "scan":
+                _warn_of_many_turns(eqn.params["length"], here)
             return self.inline(body, operands, enter(function, here))
         if is_mark(eqn):
             operands = [self._aligned(eqn, operands[0], here)]
@@ -151,13 +170,15 @@ class _Inliner:
     def _append(self, eqn: Any, inputs: Sequence[Atom], location: Location) -> list[int]:
         """Appends one operation; returns the variables of its results."""
         mark = read_mark(eqn.params["name"]) if is_mark(eqn) else None
-        outputs = [next(self.fresh) for _ in eqn.outvars]
-        if mark is not None or any(reached(self.spiking, inputs)):
+        outputs = tuple(next(self.fresh) for _ in eqn.outvars)
+        spikes = reached(self.spiking, inputs)
+        bodies = _kept_bodies(eqn, spikes, location) if any(spikes) and mark is None else ()
+        if mark is not None or any(spikes):
             self.spiking.update(outputs)
         avals = tuple(var.aval for var in eqn.outvars)
-        rest = (tuple(inputs), tuple(outputs), avals, eqn.ctx, location, mark)
+        rest = (tuple(inputs), outputs, avals, eqn.ctx, location, mark, bodies, _effects(eqn))
         self.ops.append(Op(eqn.primitive, eqn.params, *rest))
-        return outputs
+        return list(outputs)
 
     def _aligned(self, mark: Any, x: Atom, location: Location) -> Atom:
         """The input x of a mark, with its axes in the order of the mark's output.
@@ -181,21 +202,75 @@ def _body(eqn: Any, spikes: list[bool], rewrite: Rewrite | None) -> ClosedJaxpr 
     if is_mark(eqn):
         return None
     if name == "scan" and eqn.params["length"]:
-        unroll = any(spikes) or contains(eqn.params["jaxpr"].jaxpr, is_mark)
-        return _unrolled(eqn) if unroll else None
+        return _unrolled(eqn) if contains(eqn.params["jaxpr"].jaxpr, is_mark) else None
     if name not in BODIES:
         return rewrite(eqn, spikes) if rewrite else None
-    body = eqn.params[BODIES[name]]
+    body = _closed(eqn.params[BODIES[name]])
+    return None if name in _CUSTOM and not contains(body.jaxpr, is_mark) else body
+
+
+def _closed(body: Any) -> ClosedJaxpr:
     return body if isinstance(body, ClosedJaxpr) else ClosedJaxpr(body, ())
+
+
+def _kept_bodies(eqn: Any, spikes: list[bool], location: Location) -> tuple[Trace, ...]:
+    """What a call that is kept whole does with spikes; none for what is no such call."""
+    name = eqn.primitive.name
+    if any(contains(sub, is_mark) for sub in sub_jaxprs(eqn.params)):
+        return ()
+    if name in _KEPT:
+        body = _closed(eqn.params[_KEPT[name]])
+        return (_trace(body, spikes, enter(body, location)),)
+    if name == "cond" and not spikes[0]:
+        branches = map(_closed, eqn.params["branches"])
+        return tuple(_trace(body, spikes[1:], enter(body, location)) for body in branches)
+    if name == "scan":
+        return (_scanned(eqn, spikes, location),)
+    return ()
+
+
+def _scanned(eqn: Any, spikes: list[bool], location: Location) -> Trace:
+    """The body of a scan, with the spikes that its carry brings back."""
+    closed = eqn.params["jaxpr"]
+    num_carry, num_fixed = _count_carry(eqn)
+    spikes, first = list(spikes), num_fixed - num_carry
+    while True:
+        body = _trace(closed, spikes, enter(closed, location))
+        after = reached(body.spiking, body.outputs)[:num_carry]
+        grown = [a or b for a, b in zip(after, spikes[first:num_fixed], strict=True)]
+        if grown == spikes[first:num_fixed]:
+            return body
+        spikes[first:num_fixed] = grown
+
+
+def _effects(eqn: Any) -> frozenset[str]:
+    # The name of a mapped axis is an effect only in name.
+    return frozenset(type(effect).__name__ for effect in eqn.effects) - {"NamedAxisEffect"}
+
+
+def _warn_of_many_turns(length: int, here: Location) -> None:
+    if length >= _MANY_TURNS:
+        warnings.warn(
+            f"a scan of {length} turns at {here.source or 'an unknown line'} holds a quantizer: it "
+            f"is unrolled into {length} times its layers, each with a state of its own, and the "
+            "time to trace and to compile grows with it",
+            stacklevel=2,
+        )
+
+
+def _count_carry(eqn: Any) -> tuple[int, int]:
+    """The number of carries of a scan, and that of its operands before the xs."""
+    # Operands are constants, carry, xs; results carry, ys; xs and ys alone have the length's axis.
+    closed = eqn.params["jaxpr"]
+    num_carry = count_same_rank(eqn.outvars, closed.out_avals)
+    return num_carry, count_same_rank(eqn.invars, closed.in_avals)
 
 
 def _unrolled(eqn: Any) -> ClosedJaxpr:
     """A scan over layers as straight code: each turn has neurons of its own."""
     closed, length, backwards = (eqn.params[name] for name in ("jaxpr", "length", "reverse"))
     body = jaxpr_as_fun(closed)
-    # Operands are constants, carry, xs; results carry, ys; xs and ys alone have the length's axis.
-    num_carry = count_same_rank(eqn.outvars, closed.out_avals)
-    num_fixed = count_same_rank(eqn.invars, closed.in_avals)
+    num_carry, num_fixed = _count_carry(eqn)
     order = range(length)[::-1] if backwards else range(length)
 
     def unrolled(*operands):
@@ -219,7 +294,7 @@ def _live(ops: list[Op], outputs: Sequence[Atom]) -> tuple[Op, ...]:
     needed = set(variables(outputs))
     kept = []
     for op in reversed(ops):
-        if needed.intersection(op.outputs):
+        if op.effects or needed.intersection(op.outputs):
             needed.update(variables(op.inputs))
             kept.append(op)
     return tuple(reversed(kept))

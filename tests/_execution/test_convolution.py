@@ -1,6 +1,7 @@
 """The faster convolutions against the direct one."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import nadaptor
+from nadaptor._execution.convolution import _spans, kn2row
 from nadaptor._execution.winograd import (
     convolve,
     convolve_rows,
@@ -167,3 +169,23 @@ def test_other_convolutions_stay_direct(kernel, options):
     f = network(NHWC, ((1, 1), (1, 1)), options["stride"], options["groups"])
     (kept,) = operations(f, w, x, fast_convolution=True)
     assert kept.params["window_strides"] == (options["stride"],) * 2
+
+
+def test_every_position_meets_the_pixels_that_it_has():
+    """Brute force: sizes 1-7, paddings 0-4 at both ends."""
+    for size, before, after in itertools.product(range(1, 8), range(5), range(5)):
+        outputs = size + before + after - 2
+        for i, (start, end) in enumerate(_spans(outputs, (before, after)) if outputs > 0 else ()):
+            met = [o for o in range(outputs) if 0 <= o + i - before < size]
+            assert list(range(start, end)) == met
+
+
+@pytest.mark.parametrize("padding", [((2, 0), (1, 1)), ((0, 4), (1, 1)), ((1, 1), (2, 0))])
+@pytest.mark.parametrize("size", [(1, 4), (4, 1), (2, 3)])
+def test_one_sided_padding_of_a_small_image_is_that_of_the_direct_convolution(size, padding):
+    w = jnp.asarray(np.arange(9).reshape(3, 3, 1, 1) - 4, jnp.float32)
+    x = jnp.arange(1.0, 1 + size[0] * size[1]).reshape(1, *size, 1)
+    if any(n + sum(edge) < 3 for n, edge in zip(size, padding, strict=True)):
+        pytest.skip("the filter does not fit")
+    expected = jax.lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=NHWC)
+    np.testing.assert_array_equal(kn2row(x, w, padding), expected)
