@@ -131,7 +131,7 @@ def test_a_scan_without_a_quantizer_stays_one_operation():
     def f(x):
         return lax.scan(lambda c, _: (0.5 * c + 1, None), q(x), length=1000)[0]
 
-    names = [op.primitive.name for op in nadaptor.spiking(f, X)._spiking]
+    names = [op.primitive.name for op in nadaptor.spiking(f, X)._plan.stepwise]
     assert len(names) < 10 and names.count("scan") == 1
 
 
