@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from nadaptor._execution.batching import bind_steps
 from nadaptor._execution.convolution import faster_convolution
 from nadaptor._execution.means import Averages, Means
 from nadaptor._execution.placement import shard_like
@@ -26,8 +27,6 @@ from nadaptor._jaxpr.trace import Atom, Op, Trace, trace, variables
 from nadaptor.neurons import Coding, Neuron, State
 
 Prepared = tuple[jax.Array, ...]
-# Operations that `jax.vmap` cannot map, or not over all of their operands.
-_NO_BATCHING = {"linear_call", "ragged_dot_general"}
 Activate = Callable[[int, jax.Array], tuple[Any, jax.Array]]
 Nonaffine = Literal["refuse", "running_mean"]
 
@@ -214,7 +213,7 @@ class SpikingNetwork:
                         averages.mean(i, x) if kind == SPIKING else x
                         for i, x, kind in zip(op.inputs, operands, kinds, strict=True)
                     ]
-                outputs = _bind(op, operands, kinds, steps)
+                outputs = bind_steps(op, operands, kinds, steps)
             values.update(zip(op.outputs, outputs, strict=True))
         outputs = [_read(values, atom) for atom in self._trace.outputs]
         after = None if averages is None else averages.after
@@ -341,22 +340,6 @@ def _current(x: jax.Array, layer: Layer, steps: int | None, coding: Coding) -> j
     # and off every grid, as is a current from a mean.
     exact = coding == "rate" and isinstance(layer.threshold, int) and not layer.from_mean
     return summable(current, layer.threshold) if exact else current
-
-
-def _bind(
-    op: Op, operands: Sequence[Any], kinds: Sequence[str | None], steps: int | None
-) -> list[Any]:
-    """Evaluates an operation at one step, or at several along a leading axis."""
-    if steps is None:
-        return op.bind(*operands)
-    axes = [None if kind is None else 0 for kind in kinds]
-    if op.effects or op.primitive.name in _NO_BATCHING:
-        each = [
-            op.bind(*(x if axis is None else x[i] for x, axis in zip(operands, axes, strict=True)))
-            for i in range(steps)
-        ]
-        return [jnp.stack(outputs) for outputs in zip(*each, strict=True)]
-    return jax.vmap(op.bind, axes, axis_size=steps)(*operands)
 
 
 def _read(values: dict[int, Any], atom: Atom) -> Any:

@@ -129,7 +129,6 @@ AFFINE = {
 }
 
 
-@pytest.mark.reuses_keys
 @pytest.mark.parametrize("g", AFFINE.values(), ids=AFFINE)
 def test_time_average_of_an_affine_operation_is_the_operation_on_the_time_average(g):
     net = nadaptor.spiking(lambda x: g(q(x)), X)
@@ -348,7 +347,6 @@ def test_vmap_with_a_scale_for_each_channel_keeps_identity_a(axis, out_axis):
     np.testing.assert_array_equal(run(f, v, scales, num_steps=2).mean(0), f(v, scales))
 
 
-@pytest.mark.reuses_keys
 @pytest.mark.parametrize("axes", [(0, 0), (0, 1), (0, 2), (None, 0), (None, 2), (0, None)])
 @pytest.mark.parametrize("shape", [(3, 3, 3), (2, 3, 4)])
 def test_noise_is_ignored_under_vmap_whatever_the_axes_of_key_and_input(axes, shape):
