@@ -282,10 +282,13 @@ def test_the_papers_figures_stand_below_a_network_of_its_tables(tmp_path):
     assert sum(row[0] == "the paper" for row in cells) == 2  # it has no figures with SRP
 
 
-def test_the_table_of_corrections_is_of_one_network():
+def test_the_tables_of_corrections_are_of_two_networks():
     found = published("cifar_resnet18", "noise_adaptor", 2, 160, "offset-spikes")
     assert found is not None and found.snn[1] == 95.82
+    found = published("resnet50", "noise_adaptor", 3, 160, "negative-spikes")
+    assert found is not None and found.ann == 73.72 and found.snn[2] == 53.42
     assert published("cifar_resnet18", "lsq", 2, 160, "offset-spikes") is None
+    assert published("resnet50", "noise_adaptor", 7, 160, "offset-spikes") is None
     assert published("cifar_resnet18", "noise_adaptor", 2, 10, "none") is None
 
 
