@@ -10,7 +10,7 @@ The choice is made where a program is lowered: for a CPU the dots, for every oth
 operations that JAX itself would have. A derivative in the kernel is therefore an operation of its
 own until then, `kernel_tangent` forward and `kernel_gradient` backward; both are bilinear, so that
 derivatives of every order and mode are right. The convolution itself is `lax`'s, behind
-`jax.custom_jvp`, which `nadaptor.spiking` opens.
+`jax.custom_jvp`, which `nadaptor.spiking` opens: it knows the function by its name.
 """
 
 import functools
@@ -137,7 +137,7 @@ def conv_general_dilated(
         padding = jax.lax.padtype_to_pads(image, window, window_strides, padding)
     pairs = tuple((int(before), int(after)) for before, after in padding)
     conv = _Conv(tuple(window_strides), pairs, dilations[1], dims, precision, rhs.shape)
-    return _convolve(conv, lhs, rhs)
+    return nadaptor_convolution(conv, lhs, rhs)
 
 
 def _plain(x: jax.Array, w: jax.Array, *, conv: _Conv) -> jax.Array:
@@ -158,7 +158,8 @@ def _input_gradient(x: Any, w: jax.Array, g: jax.Array, conv: _Conv) -> jax.Arra
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _convolve(conv: _Conv, x: jax.Array, w: jax.Array) -> jax.Array:
+def nadaptor_convolution(conv: _Conv, x: jax.Array, w: jax.Array) -> jax.Array:
+    """The convolution of `lax`, with a derivative of ours; `_jaxpr/trace.py` knows the name."""
     return _plain(x, w, conv=conv)
 
 
@@ -173,7 +174,7 @@ def _convolve_jvp(conv: _Conv, primals: tuple[Any, Any], tangents: tuple[Any, An
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
-_convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
+nadaptor_convolution.defjvp(_convolve_jvp, symbolic_zeros=True)
 
 
 def _on_same_axes(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:

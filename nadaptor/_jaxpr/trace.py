@@ -35,6 +35,8 @@ _CUSTOM = {
     "custom_vjp_call": "call_jaxpr",
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
+# The name of a function of ours whose derivative is the true one: simulation has ways of its own.
+OPEN = "nadaptor_convolution"
 _KEPT = {**_CUSTOM, "linear_call": "callee"}
 BODIES = {**_GROUPS, **_CUSTOM}
 # From so many turns on, the user is told what a scan with quantizers costs.
@@ -206,7 +208,13 @@ def _body(eqn: Any, spikes: list[bool], rewrite: Rewrite | None) -> ClosedJaxpr 
     if name not in BODIES:
         return rewrite(eqn, spikes) if rewrite else None
     body = _closed(eqn.params[BODIES[name]])
-    return None if name in _CUSTOM and not contains(body.jaxpr, is_mark) else body
+    kept = name in _CUSTOM and not _is_open(body) and not contains(body.jaxpr, is_mark)
+    return None if kept else body
+
+
+def _is_open(body: ClosedJaxpr) -> bool:
+    """Says of a call with a derivative of its own whether it is but a faster way to the same."""
+    return (body.jaxpr.debug_info.func_src_info or "").partition(" at ")[0] == OPEN
 
 
 def _closed(body: Any) -> ClosedJaxpr:

@@ -249,7 +249,7 @@ def test_the_simulators_faster_convolution_takes_its_place():
 
     x, w = _integers(0, (2, 8, 8, 8)), _integers(1, (3, 3, 8, 8))
     ours, theirs = (
-        [op.primitive.name for op in nadaptor.spiking(network(convolve), x, w)._spiking]
+        [op.primitive.name for op in nadaptor.spiking(network(convolve), x, w)._plan.stepwise]
         for convolve in (nadaptor.conv_general_dilated, jax.lax.conv_general_dilated)
     )
     assert ours == theirs
