@@ -5,6 +5,7 @@ from nadaptor.corrections import OffsetSpikes, Srp
 from nadaptor.neurons import IntegrateAndFire, SignedIntegrateAndFire, StBif
 from nadaptor.quantization import quantize
 from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
+from nadaptor.recording import record
 from nadaptor.simulation import Simulation, simulate
 from nadaptor.transformation import SpikingNetwork, spiking
 
@@ -22,6 +23,7 @@ __all__ = [
     "noise_adaptor",
     "qcfs",
     "quantize",
+    "record",
     "simulate",
     "slip_relu",
     "spiking",
