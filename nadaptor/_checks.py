@@ -3,10 +3,11 @@
 Values are checked only where they are concrete: a traced array has a shape and a dtype, no value.
 """
 
+import contextlib
 import difflib
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+from nadaptor.errors import MissingPackageError
 
 
 def check_levels(levels: int) -> int:
@@ -175,3 +178,30 @@ def check_local(path: object, what: str) -> None:
             f"{what} must be a local folder, not {address}; mount the bucket, as gcsfuse does, or "
             "use local disk and copy"
         )
+
+
+@contextlib.contextmanager
+def extra(name: str, user: str) -> Iterator[None]:
+    """Names the extra that has the package, where an import inside finds none.
+
+    Args:
+        name: the extra.
+        user: what imports, for the message.
+
+    Raises:
+        MissingPackageError: a package that is not of the project is missing.
+
+    Example:
+        >>> with extra("train", "models"):
+        ...     import no_such
+        Traceback (most recent call last):
+        nadaptor.errors.MissingPackageError: models needs no_such: pip install "nadaptor[train]"
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "nadaptor"):
+            raise
+        message = f'{user} needs {package}: pip install "nadaptor[{name}]"'
+        raise MissingPackageError(message, name=package) from error

@@ -31,3 +31,7 @@ class Interrupted(RuntimeError):
         """Keeps the signal's number."""
         super().__init__(message)
         self.number = number
+
+
+class MissingPackageError(ImportError):
+    """A package that only a part of the project needs is not installed."""

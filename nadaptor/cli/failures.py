@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from nadaptor.errors import Interrupted, OutOfTimeError, RunError
+from nadaptor.errors import Interrupted, MissingPackageError, OutOfTimeError, RunError
 
 _PACKAGE = str(Path(__file__).parents[1])
 _SHOWN = 600
@@ -56,7 +56,8 @@ def failure(error: BaseException) -> Failure | None:
         return _of_jax(str(error))
     if isinstance(error, RuntimeError) and str(error).startswith("Unable to initialize backend"):
         return Failure(f"{_line(error)}; see JAX_PLATFORMS", 2)
-    if isinstance(error, ValueError) and _is_ours(error):
+    ours = isinstance(error, ValueError) and _is_ours(error)
+    if ours or isinstance(error, MissingPackageError):
         return Failure(_line(error), 2)
     return None
 

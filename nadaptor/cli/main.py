@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from nadaptor._checks import check_name
+from nadaptor._checks import check_name, extra
 from nadaptor._version import __version__
 from nadaptor.cli.command import run_command
 
@@ -29,6 +29,7 @@ def run(arguments: Sequence[str]) -> None:
 
     Raises:
         ValueError: there is no command of that name; the message suggests the nearest.
+        MissingPackageError: the command needs a package that is not installed.
     """
     name = arguments[0] if arguments else "--help"
     if name == "--version":
@@ -38,8 +39,9 @@ def run(arguments: Sequence[str]) -> None:
         print("\n".join(f"  {command:9} {text}" for command, text in COMMANDS.items()))
         print("\nnadaptor COMMAND --help says more.")
     else:
-        command = importlib.import_module(f"nadaptor.cli.{check_name(name, COMMANDS, 'command')}")
-        command.main(arguments[1:])
+        module = f"nadaptor.cli.{check_name(name, COMMANDS, 'command')}"
+        with extra("train", f"nadaptor {name}"):
+            importlib.import_module(module).main(arguments[1:])
 
 
 def main() -> None:
