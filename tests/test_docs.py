@@ -1,0 +1,63 @@
+"""Code of a page runs and prints what the page shows; links and the names of the API are there."""
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import nadaptor
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+API = (ROOT / "docs" / "api.md").read_text()
+# A fenced block of python, and the text that it prints where that follows.
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+
+
+def with_code():
+    return [page for page in PAGES if BLOCK.search(page.read_text())]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", with_code(), ids=name_of)
+def test_code_of_a_page_runs_and_prints_what_the_page_shows(page, quick):
+    names = {"__name__": page.stem}
+    for code, shown in BLOCK.findall(page.read_text()):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, name_of(page), "exec"), names)
+        assert printed.getvalue() == shown
+
+
+def test_pages_with_code_are_found():
+    assert {"README.md", "docs/your_network.md"} <= set(map(name_of, with_code()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_leads_to_a_file(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_every_public_name_is_in_the_list_of_the_api():
+    listed = re.findall(r"^\| `(nadaptor[\w.]*)\.(\w+)` \| \S", API, re.MULTILINE)
+    assert {name for module, name in listed if module == "nadaptor"} == set(nadaptor.__all__)
+    gone = [(m, n) for m, n in listed if not hasattr(importlib.import_module(m), n)]
+    assert not gone, "run python docs/api.py"
+
+
+def test_the_list_of_the_api_has_a_row_for_each_public_name():
+    spec = importlib.util.spec_from_file_location("docs_api", ROOT / "docs" / "api.py")
+    api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(api)
+    rows = api.page().splitlines()
+    assert sum(row.startswith("| `nadaptor.") for row in rows) >= len(nadaptor.__all__)
+    assert [row for row in rows if row.endswith("|  |")] == []
