@@ -1,8 +1,10 @@
 """Code of a page runs and prints what the page shows; links and the names of the API are there."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
+import inspect
 import io
 import re
 from pathlib import Path
@@ -10,6 +12,10 @@ from pathlib import Path
 import pytest
 
 import nadaptor
+from nadaptor.cli.train import TrainCommand
+from nadaptor.configs.config import Config
+from nadaptor.configs.named import CONFIGS, get_config
+from nadaptor.training.options import Options
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")]
@@ -45,6 +51,35 @@ def test_every_relative_link_leads_to_a_file(page):
     links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def commands():
+    fenced = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    blocks = [block for page in PAGES for block in fenced.findall(page.read_text())]
+    text = "\n".join(lines for language, lines in blocks if not language)
+    return re.findall(r"^nadaptor (\w+) (\S+)(.*?)(?:#.*)?$", text, re.MULTILINE)
+
+
+def options_of(command):
+    if command == "train":
+        kinds = (TrainCommand, Options, Config, *map(type, groups(get_config("digits_na"))))
+        return {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    module = importlib.import_module(f"nadaptor.cli.{command}")
+    return set(inspect.signature(getattr(module, f"{command}_command")).parameters)
+
+
+def groups(config):
+    values = (getattr(config, field.name) for field in dataclasses.fields(config))
+    return [value for value in values if dataclasses.is_dataclass(value)]
+
+
+def test_the_commands_of_the_pages_have_the_options_that_they_are_given():
+    assert {"train", "convert", "simulate"} <= {command for command, _, _ in commands()}
+    for command, what, rest in commands():
+        if command == "train":
+            assert what in CONFIGS
+        given = {option.replace("-", "_") for option in re.findall(r"--([\w-]+)", rest)}
+        assert given <= options_of(command)
 
 
 def test_every_public_name_is_in_the_list_of_the_api():
