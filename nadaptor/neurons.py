@@ -97,7 +97,8 @@ class SignedIntegrateAndFire:
 
     After the step of `IntegrateAndFire`: where the potential is at most -0.001 thresholds and the
     net count of spikes is positive, the neuron gives out `-th`, `u += th` and the count falls by
-    one. At the first step it does what the plain neuron does.
+    one. At the first step it does what the plain neuron does. The limit is a part of the threshold;
+    Fast-SNN's code has an absolute -0.001, which differs for thresholds other than 1.
 
     Example:
         >>> neuron = SignedIntegrateAndFire()

@@ -6,10 +6,14 @@ paper's numbers stand beside each command as what it is to be compared with. Tim
 
 From the paper: networks, p, epochs, SGD with a cosine from 0.1, weight decay 5e-4 (CIFAR-10) and
 2.5e-5 (ImageNet), the start from pre-trained networks. Our choice, where it is silent: momentum 0.9
-on ImageNet, batch sizes (128 and 256), augmentation (crop, flip, AutoAugment and Cutout; random
-resized crop and flip), the validation images (5000 and 10000), which choose the weights handed on,
-and the full-precision runs, which stand for the pre-trained networks that the paper does not name.
-With `--init-from FILE` a file of weights takes their place.
+(the paper states none, for neither data set), batch sizes (128 and 256), augmentation (crop, flip,
+AutoAugment and Cutout; random resized crop and flip), the validation images (5000 and 10000), which
+choose the weights handed on, and the full-precision runs, which stand for the pre-trained networks
+that the paper does not name. With `--init-from FILE` a file of weights takes their place.
+
+The figures of QCFS and SlipReLU that the paper quotes are of 300 epochs from scratch, by the
+defaults of their authors' code; our rows fine-tune them for 160. The paper's parents on ImageNet
+have a max-pool, which it swaps for a mean; ours are trained with the mean.
 """
 
 from collections.abc import Callable, Mapping
