@@ -15,6 +15,7 @@ MODULES = (
     "nadaptor.calibration",
     "nadaptor.early_exit",
     "nadaptor.analysis",
+    "nadaptor.recording",
     "nadaptor.models",
     "nadaptor.interop",
     "nadaptor.training",
