@@ -30,7 +30,7 @@ from nadaptor._checks import check_count
 from nadaptor._jaxpr.trace import contains, is_mark
 from nadaptor.quantization import quantize
 from nadaptor.rules import SMALLEST, Rule, maximum, mmse, other_axes, percentile
-from nadaptor.transformation import Prepared, SpikingNetwork, spiking
+from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
 
 __all__ = [
     "Calibration",
@@ -93,6 +93,7 @@ def calibrate_thresholds(
     *args: Any,
     rule: Rule | None = None,
     channel_axis: int | None = None,
+    nonaffine: Nonaffine = "refuse",
 ) -> Calibration:
     """Measures each layer's threshold on the network with plain ReLUs.
 
@@ -103,6 +104,8 @@ def calibrate_thresholds(
         rule: `maximum()`, `percentile(...)` or `mmse(...)`; None for `percentile(99.9)`.
         channel_axis: axis of the layers' arrays along which each entry has a threshold of its own;
             None for one threshold a layer.
+        nonaffine: as for `nadaptor.spiking`. With "running_mean" max-pools stay what they are; else
+            those between ReLUs become means, as `nadaptor.quantize` has it.
 
     Returns:
         The thresholds, start potentials of half of them, and no biases.
@@ -120,7 +123,7 @@ def calibrate_thresholds(
     Source: Rueckauer et al., Conversion of continuous-valued deep networks to efficient
     event-driven networks for image classification, 2017.
     """
-    net = spiking(_with_thresholds(f, args), *args)
+    net = _convert(f, args, nonaffine)
     rule = percentile() if rule is None else rule
     found = [
         rule(a, other_axes(a, channel_axis)) for a in _relu_activations(net, net.prepare(*args))
@@ -138,6 +141,7 @@ def calibrate_biases(
     calibration: Calibration,
     num_steps: int,
     channel_axis: int = -1,
+    nonaffine: Nonaffine = "refuse",
 ) -> Calibration:
     """Adds to each channel's bias what its mean activation lacks after T steps.
 
@@ -151,6 +155,7 @@ def calibrate_biases(
         calibration: the thresholds to begin with.
         num_steps: T, the number of steps that the network is going to run.
         channel_axis: axis of the layers' arrays that a bias belongs to.
+        nonaffine: as for `calibrate_thresholds`.
 
     Returns:
         The calibration with biases.
@@ -173,7 +178,7 @@ def calibrate_biases(
     def adjust(missing: jax.Array, start: jax.Array, bias: jax.Array) -> Pair:
         return start, bias + missing.mean(other_axes(missing, channel_axis), keepdims=True)
 
-    return _layer_by_layer(f, args, calibration, num_steps, adjust)
+    return _layer_by_layer(f, args, calibration, num_steps, nonaffine, adjust)
 
 
 def calibrate_potentials(
@@ -182,6 +187,7 @@ def calibrate_potentials(
     calibration: Calibration,
     num_steps: int,
     batch_axis: int = 0,
+    nonaffine: Nonaffine = "refuse",
 ) -> Calibration:
     """Raises each neuron's start potential by what it lacks over T steps.
 
@@ -194,6 +200,7 @@ def calibrate_potentials(
         calibration: the thresholds to begin with.
         num_steps: T, the number of steps that the network is going to run.
         batch_axis: axis of the layers' arrays that the examples lie along.
+        nonaffine: as for `calibrate_thresholds`.
 
     Returns:
         The calibration with start potentials.
@@ -216,7 +223,7 @@ def calibrate_potentials(
     def adjust(missing: jax.Array, start: jax.Array, bias: jax.Array) -> Pair:
         return start + num_steps * missing.mean(batch_axis, keepdims=True), bias
 
-    return _layer_by_layer(f, args, calibration, num_steps, adjust)
+    return _layer_by_layer(f, args, calibration, num_steps, nonaffine, adjust)
 
 
 def shift_biases(calibration: Calibration, num_steps: int) -> Calibration:
@@ -257,12 +264,13 @@ def _relu_activations(net: SpikingNetwork, prepared: Prepared) -> tuple[jax.Arra
     return net.propagate(prepared, activate)[0]
 
 
-def _with_thresholds(f: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
-    """The function as it is where it has quantizers; else with thresholds of 1 for its ReLUs."""
+def _convert(f: Callable[..., Any], args: tuple[Any, ...], nonaffine: Nonaffine) -> SpikingNetwork:
+    """Converts f as it is where it has quantizers; else with thresholds of 1 for its ReLUs."""
     closed = jax.make_jaxpr(lambda *args: f(*args))(*args)
-    if contains(closed.jaxpr, is_mark):
-        return f
-    return functools.partial(quantize(f, activation="clipped_relu"), 1.0)
+    if not contains(closed.jaxpr, is_mark):
+        clipped = quantize(f, activation="clipped_relu", pools=nonaffine == "refuse")
+        f = functools.partial(clipped, 1.0)
+    return spiking(f, *args, nonaffine=nonaffine)
 
 
 def _layer_by_layer(
@@ -270,11 +278,12 @@ def _layer_by_layer(
     args: tuple[Any, ...],
     calibration: Calibration,
     num_steps: int,
+    nonaffine: Nonaffine,
     adjust: Callable[[jax.Array, jax.Array, jax.Array], Pair],
 ) -> Calibration:
     """Runs T steps of each layer, adjusts it by mean(ANN) - mean(SNN), and passes on its spikes."""
     steps = check_count(num_steps, "num_steps")
-    net = spiking(_with_thresholds(f, args), *args)
+    net = _convert(f, args, nonaffine)
     prepared = net.prepare(*args)
     wanted = _relu_activations(net, prepared)
 

@@ -218,3 +218,29 @@ def test_a_function_with_relus_is_calibrated_as_its_twin_with_clipped_relus():
         found.append(calibrate_potentials(f, w, x, calibration=biased, num_steps=4))
     jax.tree.map(np.testing.assert_array_equal, *found)
     assert any((bias != 0).any() for bias in found[0].biases)
+
+
+def test_a_kept_max_pool_is_calibrated_on_running_means_with_every_calibration():
+    def f(weights, x):
+        a = jax.nn.relu(x @ weights[0])
+        return jax.nn.relu(a.reshape(-1, 10, 2).max(-1) @ weights[1][:10]) @ weights[2]
+
+    measure = dict(nonaffine="running_mean")
+    start = calibrate_thresholds(f, WEIGHTS, IMAGES, rule=maximum(), **measure)
+    first = jax.nn.relu(IMAGES @ WEIGHTS[0])
+    second = jax.nn.relu(first.reshape(-1, 10, 2).max(-1) @ WEIGHTS[1][:10])
+    found = [threshold.item() for threshold in start.thresholds]
+    np.testing.assert_allclose(found, [first.max(), second.max()], rtol=1e-6)
+    unit = functools.partial(nadaptor.quantize(f, activation="clipped_relu", pools=False), 1.0)
+    net = nadaptor.spiking(unit, WEIGHTS, IMAGES, **measure)
+    prepared, wanted = net.prepare(WEIGHTS, IMAGES), f(WEIGHTS, IMAGES)
+
+    def error(calibration):
+        sim = run_network(calibration.apply(net), prepared, 4)
+        return float(jnp.abs(sim.outputs[-1] - wanted).mean())
+
+    for calibrate in (calibrate_biases, calibrate_potentials):
+        found = calibrate(f, WEIGHTS, IMAGES, calibration=start, num_steps=4, **measure)
+        assert error(found) < error(start)
+    with pytest.raises(ValueError, match="running_mean"):
+        calibrate_thresholds(f, WEIGHTS, IMAGES)
