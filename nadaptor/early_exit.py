@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
+from nadaptor._execution.frames import OverTime, axes_with_time, check_frames
 from nadaptor._execution.steps import Carry, run_chunk
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction, Sizes, run_in_tiles, start_carry
@@ -82,6 +83,7 @@ def simulate_with_early_exit(
     correction: Correction | None = None,
     steps_per_chunk: int | None = None,
     tile_size: int | None = None,
+    over_time: OverTime = (),
     fast_convolution: bool = False,
 ) -> EarlyExit:
     """Simulates until every example of a tile is sure of its class, and for T steps at most.
@@ -103,6 +105,7 @@ def simulate_with_early_exit(
         correction: as for `nadaptor.simulate`; its steps are run for all and not counted.
         steps_per_chunk: as for `nadaptor.simulate`.
         tile_size: as for `nadaptor.simulate`.
+        over_time: as for `nadaptor.simulate`.
         fast_convolution: as for `nadaptor.simulate`.
 
     Returns:
@@ -123,6 +126,8 @@ def simulate_with_early_exit(
     confidence, 2023.
     """
     num_steps = check_count(num_steps, "num_steps")
+    check_frames(args, over_time, num_steps, correction)
+    in_axes = axes_with_time(in_axes, over_time, len(args))
 
     def run(net: SpikingNetwork, prepared: Prepared, chunk: int) -> EarlyExit:
         carry = start_carry(net, prepared, correction)
@@ -143,7 +148,7 @@ def simulate_with_early_exit(
         )
         return exits
 
-    options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine)
+    options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine, over_time=over_time)
     convert = functools.partial(spiking, f, **options, fast_convolution=fast_convolution)
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
     found = run_in_tiles(run, convert, args, in_axes, sizes, lambda *_: EarlyExit(*_AXES))

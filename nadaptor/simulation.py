@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
+from nadaptor._execution.frames import OverTime, axes_with_time, check_frames
 from nadaptor._execution.placement import shard_like
 from nadaptor._execution.shards import in_shards
 from nadaptor._execution.steps import Carry, last_spike, run_chunk
@@ -75,15 +76,17 @@ def simulate(
     steps_per_chunk: int | None = None,
     in_axes: int | Sequence[Any] | None = None,
     tile_size: int | None = None,
+    over_time: OverTime = (),
     devices: Sequence[Any] | None = None,
     fast_convolution: bool = False,
 ) -> Simulation:
     """Simulates a function with quantized activations as a spiking network over T time steps.
 
-    The analog input is the same at every step, and the output at step t is the mean over the steps
-    so far. With sum coding it is what `f` makes of the sums of all spikes so far; once no neuron
-    fires any more the network is the quantized one, and the steps left over are not run. A call
-    traces `f` anew: for speed, `jax.jit` the function that calls it, once for each shape.
+    The analog input is the same at every step, or has a frame for each (`over_time`). The output at
+    step t is the mean over the steps so far. With sum coding it is what `f` makes of the sums of
+    all spikes so far; once no neuron fires any more the network is the quantized one, and the steps
+    left over are not run. A call traces `f` anew: for speed, `jax.jit` the function that calls it,
+    once for each shape.
 
     Args:
         f: function whose activations are quantizers of `nadaptor`; see `nadaptor.spiking`.
@@ -103,6 +106,10 @@ def simulate(
             assumption.
         tile_size: number of examples to simulate at a time (needs `in_axes`); None for as many as
             stay in the cache on a CPU, and for all elsewhere or without `in_axes`.
+        over_time: which arguments vary over time, a number or several as in `argnums` of
+            `jax.grad`: they have a leading axis of T frames, one for each step, which `f` gets
+            without it and `in_axes` does not count. A correction reads the first frames first, and
+            the counted steps read all of them. Rates only.
         devices: where to run equal parts of the examples (needs `in_axes`); None for where the
             arguments are. On a CPU of several cores this is much faster than one device, with
             `jax.config.update("jax_num_cpu_devices", cores)` before jax is first used.
@@ -115,7 +122,8 @@ def simulate(
     Raises:
         ValueError: a count is not a positive int, `tile_size` or `devices` is given without
             `in_axes`, the examples do not divide by the devices, there is a correction with sum
-            coding, or `f` cannot be converted (see `nadaptor.spiking`).
+            coding, there is not one frame for each step, or `f` cannot be converted (see
+            `nadaptor.spiking`).
 
     Example:
         >>> import nadaptor
@@ -130,12 +138,14 @@ def simulate(
     Source: Noise Adaptor, Eq. 1, 2 and section 5.1; You et al., 2024 (sum coding).
     """
     num_steps = check_count(num_steps, "num_steps")
+    check_frames(args, over_time, num_steps, correction)
+    in_axes = axes_with_time(in_axes, over_time, len(args))
 
     def run(net: SpikingNetwork, prepared: Prepared, chunk: int) -> Simulation:
         sim = run_network(net, prepared, num_steps, chunk, correction)
         return sim if sim.settled is None else sim._replace(settled=sim.settled[None])
 
-    options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine)
+    options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine, over_time=over_time)
     convert = functools.partial(spiking, f, **options, fast_convolution=fast_convolution)
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
 

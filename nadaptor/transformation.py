@@ -17,12 +17,13 @@ from jax.extend import core
 
 from nadaptor._execution.batching import bind_steps
 from nadaptor._execution.convolution import faster_convolution
-from nadaptor._execution.means import Averages, Means
+from nadaptor._execution.currents import layer_current
+from nadaptor._execution.frames import OverTime, first_frames, frame_at
+from nadaptor._execution.means import Averages, Means, step_numbers
 from nadaptor._execution.placement import shard_like
 from nadaptor._jaxpr.affine import describe
 from nadaptor._jaxpr.layers import Layer, find_layers, fitting_neuron
-from nadaptor._jaxpr.plan import MEAN, SPIKING, Plan, check_outputs, is_mean, kind_of, plan
-from nadaptor._jaxpr.summable import summable
+from nadaptor._jaxpr.plan import MEAN, Plan, check_outputs, is_mean, kind_of, plan
 from nadaptor._jaxpr.trace import Atom, Op, Trace, trace, variables
 from nadaptor.neurons import Coding, Neuron, State
 
@@ -112,19 +113,20 @@ class SpikingNetwork:
     def init(self, prepared: Prepared) -> tuple[State, ...]:
         """Returns the state before the first time step.
 
-        It has one entry for each layer, and one more for the running means if there are any.
+        It has one entry for each layer, and one more for the time and the running means if there
+        are any, or arguments that vary over time.
         """
         neurons = [self.neuron.init(x.shape, x.threshold, x.start) for x in self.layers]
         means = self.init_means()
         return self.shard(neurons) + (() if means is None else (means,))
 
     def init_means(self) -> Means | None:
-        """Returns the running means before the first step; None for a network without any."""
+        """Returns time and running means before the first step; None where neither is needed."""
 
         def zeros(avals: Mapping[int, Any]) -> dict[int, jax.Array]:
             return {i: shard_like(jnp.zeros(x.shape, jnp.float32), x) for i, x in avals.items()}
 
-        if not self._plan.averaged:
+        if not (self._plan.averaged or self._plan.frames):
             return None
         return Means(jnp.float32(0), zeros(self._plan.averaged), zeros(self._plan.fed))
 
@@ -193,6 +195,9 @@ class SpikingNetwork:
         """
         values = dict(zip(self._plan.boundary, prepared, strict=True))
         averages = None if means is None else Averages(means, steps)
+        if means is not None:
+            t = step_numbers(means.time, steps)
+            values.update({i: frame_at(values[i], t) for i in self._plan.frames})
         layers, kept = enumerate(self.layers), []
         for op in self._plan.stepwise:
             operands = [_read(values, atom) for atom in op.inputs]
@@ -202,7 +207,7 @@ class SpikingNetwork:
                 x, dtype = operands[0], operands[0].dtype
                 if averages is not None and layer.from_mean:
                     x = averages.current(op.inputs[0], x)
-                current = _current(x, layer, steps, self.coding)
+                current = layer_current(x, layer, steps, self.coding)
                 keep, out = activate(i, current)
                 kept.append(keep)
                 # NaN is at no threshold: else a neuron would make a plausible zero of it.
@@ -210,7 +215,7 @@ class SpikingNetwork:
             else:
                 if averages is not None and is_mean(op, self._plan.kinds):
                     operands = [
-                        averages.mean(i, x) if kind == SPIKING else x
+                        x if kind in (None, MEAN) else averages.mean(i, x)
                         for i, x, kind in zip(op.inputs, operands, kinds, strict=True)
                     ]
                 outputs = bind_steps(op, operands, kinds, steps)
@@ -244,6 +249,7 @@ def spiking(
     neuron: Neuron | None = None,
     coding: Coding = "rate",
     nonaffine: Nonaffine = "refuse",
+    over_time: OverTime = (),
     fast_convolution: bool = False,
 ) -> SpikingNetwork:
     """Turns a function with quantized activations into a spiking network (section 2.3, Eq. 6).
@@ -266,6 +272,9 @@ def spiking(
         nonaffine: what to do where an operation on rates is not affine: "refuse", or let it act on
             the "running_mean" of its inputs, and what follows it up to the next neuron too (see
             `analog`). The outputs approach those of the network with clipped ReLUs as 1/T.
+        over_time: which arguments vary over time: they have a leading axis with a frame for each
+            step, which `f` gets without it. What depends on frames alone, and on no spike, may be
+            any operation.
         fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 32 channels or
             more and 8 pixels or larger, go through Winograd's F(4x4, 3x3) or F(4, 3). It is faster
             on a CPU, and less exact: a few spikes may flip.
@@ -280,7 +289,7 @@ def spiking(
             the user's code and the remedy: an operation on spikes that is not affine, an output
             that no spike reaches, random numbers drawn outside a quantizer, a quantizer inside a
             `while`, `cond`, `shard_map` or `pmap`, no quantizer at all, or with sum coding a neuron
-            made for rates or more levels than float32 counts.
+            made for rates, arguments that vary over time or more levels than float32 counts.
 
     Example:
         >>> import nadaptor
@@ -296,7 +305,8 @@ def spiking(
     """
     # JAX keeps a trace by the identity of its function, but f may be a closure over weights that
     # have been trained since: a function object of its own is traced anew.
-    closed, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
+    step, frames = first_frames(args, over_time)
+    closed, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*step)
     backend = jax.default_backend()
     traced = trace(
         closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, fast_convolution)
@@ -306,7 +316,8 @@ def spiking(
             f"nonaffine must be 'refuse' or, for rates, 'running_mean', not {nonaffine!r}; sums "
             "may go through any operation as they are"
         )
-    parts = plan(traced, coding, nonaffine)
+    each = zip(traced.inputs, closed.in_avals, frames, strict=True)
+    parts = plan(traced, coding, nonaffine, {i: aval for i, aval, varies in each if varies})
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(shapes)]
     check_outputs(traced, zip(traced.outputs, names, strict=True))
     layers = find_layers(parts)
@@ -317,7 +328,7 @@ def spiking(
         output_shapes=shapes,
         _trace=traced,
         _plan=parts,
-        _in_avals=tuple(closed.in_avals),
+        _in_avals=tuple(jax.tree.leaves(jax.eval_shape(lambda x: x, args))),
         _in_tree=jax.tree.structure(args),
         _out_tree=jax.tree.structure(shapes),
     )
@@ -328,18 +339,6 @@ def _evaluate(ops: Sequence[Op], values: dict[int, Any]) -> None:
     for op in ops:
         outputs = op.bind(*(_read(values, atom) for atom in op.inputs))
         values.update(zip(op.outputs, outputs, strict=True))
-
-
-def _current(x: jax.Array, layer: Layer, steps: int | None, coding: Coding) -> jax.Array:
-    """What a layer of neurons takes in; a static x is the same at every step."""
-    shape = layer.shape if steps is None else (steps, *layer.shape)
-    current = jnp.broadcast_to(x, shape).astype(jnp.float32)
-    if layer.bias is not None:
-        current = current + layer.bias
-    # A total is rounded as the quantizer does it. The threshold of a calibrated layer is an array,
-    # and off every grid, as is a current from a mean.
-    exact = coding == "rate" and isinstance(layer.threshold, int) and not layer.from_mean
-    return summable(current, layer.threshold) if exact else current
 
 
 def _read(values: dict[int, Any], atom: Atom) -> Any:

@@ -187,6 +187,20 @@ def check_no_inner_mark(op: Op) -> None:
         )
 
 
+def check_apart(op: Op) -> None:
+    """Raises a ValueError for a call kept whole: of its operands, it was followed for spikes only.
+
+    Spikes times a frame would be wrong, and inside of such a call would not be seen.
+    """
+    if op.bodies:
+        raise _refusal(
+            op,
+            "inside one call with a derivative, branch or loop of its own; take one of the two out "
+            "of it",
+            "takes spikes and an argument that varies over time together",
+        )
+
+
 def check_not_random(op: Op) -> None:
     """Raises a ValueError if the operation draws random bits: one draw would serve all steps."""
     if op.primitive.name in _RANDOM or any(

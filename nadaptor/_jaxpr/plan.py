@@ -3,16 +3,19 @@
 Spikes carry a number by their mean over time ("rate") or by their sum ("sum"). Sums may go through
 any operation, because it then acts on the sums themselves. Spikes that stand for a mean may go
 through affine operations; any other can be given the running mean of its inputs, and what follows
-it stays in means up to the next quantizer.
+it stays in means up to the next quantizer. What depends on arguments that vary over time, and on no
+spike, is evaluated a step at a time, whatever its operations.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 
 from nadaptor._jaxpr.affine import (
     check_affine,
+    check_apart,
     check_effects,
     check_no_inner_mark,
     check_not_random,
@@ -23,8 +26,9 @@ from nadaptor._jaxpr.trace import Atom, Op, Trace, contains, reached, sub_jaxprs
 _COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_gather"}
 _COLLECTIVES |= {"all_gather_invariant", "all_gather_reduced", "all_to_all", "ragged_all_to_all"}
 _COLLECTIVES |= {"reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"}
-# What a variable is that spikes reach: another value at every step, or a mean of all steps so far.
-SPIKING, MEAN = "spiking", "mean"
+# What a variable is that spikes reach, another value at every step or a mean of all steps so far,
+# and one that no spikes but the frames of a varying argument reach.
+SPIKING, MEAN, VARYING = "spiking", "mean", "varying"
 
 
 class Plan(NamedTuple):
@@ -35,22 +39,34 @@ class Plan(NamedTuple):
     kinds: dict[int, str]  # what each variable is, but for the static ones
     boundary: tuple[int, ...]  # the variables that `stepwise` reads and does not make
     communicates: bool  # whether devices wait for each other in `stepwise`
-    averaged: dict[int, Any]  # the spiking variables of which a mean is taken, and their types
+    averaged: dict[int, Any]  # the variables of which a mean is taken, and their types
     fed: dict[int, Any]  # the means that go into a quantizer, and their types
+    frames: tuple[int, ...]  # those of `boundary` that are another value at every step
 
 
-def plan(traced: Trace, coding: str, nonaffine: str = "refuse") -> Plan:
+def plan(
+    traced: Trace,
+    coding: str,
+    nonaffine: str = "refuse",
+    varying: Mapping[int, Any] = MappingProxyType({}),
+) -> Plan:
     """Parts the operations of a function, and checks that spikes may go through them.
 
     Args:
         traced: the function.
         coding: "rate" or "sum".
         nonaffine: what to do with such an operation on rates, "refuse" or "running_mean".
+        varying: the inputs that are another value at every step, and their types at one.
 
     Raises:
         ValueError: an operation cannot be converted; the message names it, its line and a remedy.
     """
-    static, stepwise, kinds = [], [], dict[int, str]()
+    if coding == "sum" and varying:
+        raise ValueError(
+            "over_time needs rates: sums end at the network of one input, and here there is one "
+            "for each step; use coding='rate'"
+        )
+    static, stepwise, kinds = [], [], dict.fromkeys(varying, VARYING)
     results = set(variables(traced.outputs))
     for op in traced.ops:
         last = not results.isdisjoint(op.outputs)
@@ -60,13 +76,13 @@ def plan(traced: Trace, coding: str, nonaffine: str = "refuse") -> Plan:
             kinds.update(dict.fromkeys(op.outputs, kind))
     made = {i: aval for op in stepwise for i, aval in zip(op.outputs, op.avals, strict=True)}
     read = {i for op in stepwise for i in variables(op.inputs)}
-    averaged, fed = dict[int, Any](), dict[int, Any]()
+    averaged, fed, types = dict[int, Any](), dict[int, Any](), {**made, **varying}
     for op in stepwise:
         for i in variables(op.inputs):
             if op.mark is not None and kinds.get(i) == MEAN:
-                fed[i] = made[i]
-            elif is_mean(op, kinds) and kinds.get(i) == SPIKING:
-                averaged[i] = made[i]
+                fed[i] = types[i]
+            elif is_mean(op, kinds) and kinds.get(i) in (SPIKING, VARYING):
+                averaged[i] = types[i]
     return Plan(
         tuple(static),
         tuple(stepwise),
@@ -75,6 +91,7 @@ def plan(traced: Trace, coding: str, nonaffine: str = "refuse") -> Plan:
         any(map(_communicates, stepwise)),
         averaged,
         fed,
+        tuple(sorted(read & varying.keys())),
     )
 
 
@@ -106,7 +123,13 @@ def check_outputs(traced: Trace, outputs: Iterable[tuple[Any, str]]) -> None:
 def _kind(op: Op, kinds: dict[int, str], coding: str, nonaffine: str, last: bool) -> str | None:
     """What an operation that is no mark makes of its operands."""
     spikes = reached(kinds.keys(), op.inputs)
+    found = {kind_of(kinds, atom) for atom in op.inputs} - {None}
     check_effects(op)
+    if found == {VARYING}:
+        check_no_inner_mark(op)
+        return VARYING
+    if VARYING in found:
+        check_apart(op)
     if any(spikes) and coding == "rate" and nonaffine == "refuse":
         check_affine(op, spikes, last)
         return SPIKING
@@ -116,8 +139,7 @@ def _kind(op: Op, kinds: dict[int, str], coding: str, nonaffine: str, last: bool
         return SPIKING  # what only looks, as jax.debug.print does, looks at every step
     if not any(spikes):
         return None
-    means = any(kind_of(kinds, atom) == MEAN for atom in op.inputs)
-    return MEAN if coding == "rate" and (means or not is_affine(op, spikes)) else SPIKING
+    return MEAN if coding == "rate" and (MEAN in found or not is_affine(op, spikes)) else SPIKING
 
 
 def _communicates(op: Op) -> bool:
