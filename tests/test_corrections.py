@@ -108,7 +108,9 @@ def test_the_order_of_the_corrections():
     exact = [
         (errors(neuron, correction) == 0).mean()
         for neuron, correction in (
-            (PLAIN, nadaptor.OffsetSpikes(STEPS)), (SIGNED, None), (PLAIN, None)
+            (PLAIN, nadaptor.OffsetSpikes(STEPS)),
+            (SIGNED, None),
+            (PLAIN, None),
         )
     ]
     assert exact == sorted(exact, reverse=True)

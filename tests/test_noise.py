@@ -32,8 +32,9 @@ def seeds(impl):
 
 def deviations(products):
     """Each stream's sum of products, and their total, in deviations of independent noise."""
-    return np.abs([*products.sum(1) / math.sqrt(products.shape[1]),
-                   products.sum() / math.sqrt(products.size)]).max()
+    return np.abs(
+        [*products.sum(1) / math.sqrt(products.shape[1]), products.sum() / math.sqrt(products.size)]
+    ).max()
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -263,7 +263,10 @@ def test_grad_under_shard_map_is_the_grad_outside_it():
 
     spec = PartitionSpec("batch")
     sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=(spec, PartitionSpec()),
+        local,
+        mesh=mesh,
+        in_specs=(spec, PartitionSpec()),
+        out_specs=(spec, PartitionSpec()),
         check_vma=False,
     )
     plain = jax.grad(lambda v, s: nadaptor.lsq(v, s, LEVELS).sum(), (0, 1))(v, scale)
@@ -342,8 +345,11 @@ def test_key_must_be_one_typed_key(key, message):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"gradient": "best"}, "'best'"), ({"amplitude": -1}, "amplitude"),
-     ({"amplitude": np.nan}, "amplitude")],
+    [
+        ({"gradient": "best"}, "'best'"),
+        ({"amplitude": -1}, "amplitude"),
+        ({"amplitude": np.nan}, "amplitude"),
+    ],
 )
 def test_unknown_options_are_refused(option, message):
     with pytest.raises(ValueError, match=message):

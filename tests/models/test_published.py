@@ -84,10 +84,13 @@ def torch_vgg(state, x, stage_sizes, normalized, pool):
     def starts(side):
         return [(i * side // 7, -(-(i + 1) * side // 7)) for i in range(7)]
 
-    x = np.stack([
-        np.stack([x[:, :, a:b, c:d].mean((2, 3)) for c, d in starts(x.shape[3])], -1)
-        for a, b in starts(x.shape[2])
-    ], -2)
+    x = np.stack(
+        [
+            np.stack([x[:, :, a:b, c:d].mean((2, 3)) for c, d in starts(x.shape[3])], -1)
+            for a, b in starts(x.shape[2])
+        ],
+        -2,
+    )
     x = x.reshape(len(x), -1)  # [C, H, W], as torch flattens
     for place in (0, 3, 6):
         x = x @ state[f"classifier.{place}.weight"].T + state[f"classifier.{place}.bias"]
@@ -110,12 +113,20 @@ def test_a_vgg_with_torchs_weights_computes_what_torch_computes(name, pool, side
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
-BLOCKS = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
-          (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+BLOCKS = [
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+]
 
 
 def torch_mobilenet(width):
     """The layers in order: name, norm, kernel, stride, groups, bounded; and where blocks add."""
+
     def round_to(v):
         new = max(8, int(v + 4) // 8 * 8)
         return new + 8 if new < 0.9 * v else new
@@ -207,10 +218,17 @@ def test_the_stem_keeps_its_own_pool_where_asked():
 
 def test_dense_weights_after_a_flattened_map_are_put_in_its_order_or_refused():
     rng = np.random.default_rng(0)
-    state = {"conv.weight": rng.normal(size=(3, 1, 1, 1)), "fc.weight": rng.normal(size=(3, 12)),
-             "fc.bias": np.zeros(3)}
-    variables = {"params": {"conv": {"kernel": jnp.zeros((1, 1, 1, 3))},
-                            "fc": {"kernel": jnp.zeros((12, 3)), "bias": jnp.zeros(3)}}}
+    state = {
+        "conv.weight": rng.normal(size=(3, 1, 1, 1)),
+        "fc.weight": rng.normal(size=(3, 12)),
+        "fc.bias": np.zeros(3),
+    }
+    variables = {
+        "params": {
+            "conv": {"kernel": jnp.zeros((1, 1, 1, 3))},
+            "fc": {"kernel": jnp.zeros((12, 3)), "bias": jnp.zeros(3)},
+        }
+    }
     x = rng.normal(size=(4, 3, 2, 2)).astype("f4")  # a map [B, C, H, W]
     expected = x.reshape(4, -1) @ state["fc.weight"].T
     for shape, laid in (((3, 2, 2), x.transpose(0, 2, 3, 1)), (None, x)):
@@ -230,6 +248,4 @@ def test_a_new_head_is_kept_whatever_it_is_called():
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     variables = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5), shapes)
     got = from_torch(small_mobilenet(), variables, new_head=True)
-    chex.assert_trees_all_equal(
-        got["params"]["classifier_1"], variables["params"]["classifier_1"]
-    )
+    chex.assert_trees_all_equal(got["params"]["classifier_1"], variables["params"]["classifier_1"])

@@ -10,8 +10,12 @@ from nadaptor.studies.differences import differences_of, write_differences
 from nadaptor.studies.study import Study, cells_of
 
 STUDY = Study(
-    methods=("lsq", "noise_adaptor", "qcfs"), levels=(2,), seeds=3, corrections=("none",),
-    epochs=(1, 8), num_steps=2,
+    methods=("lsq", "noise_adaptor", "qcfs"),
+    levels=(2,),
+    seeds=3,
+    corrections=("none",),
+    epochs=(1, 8),
+    num_steps=2,
 )
 
 
@@ -24,7 +28,8 @@ def measured(cell):
         "ann": 0.5 + seed,
         "training_accuracy": (0.75 if noisy else 1.0) - (0.5 if short else 0),
         "accuracy": [
-            seed + (0.25 * (cell.seed + 1) if noisy else 0), 0.5 + seed - (0.125 if noisy else 0),
+            seed + (0.25 * (cell.seed + 1) if noisy else 0),
+            0.5 + seed - (0.125 if noisy else 0),
         ],
     }
 

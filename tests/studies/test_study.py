@@ -167,8 +167,14 @@ def test_the_files_hold_the_means_of_the_cells(tmp_path, capsys):
     table = (tmp_path / "table.md").read_text()
     line = next(line for line in table.splitlines() if "lsq_p2" in line)
     assert [cell.strip() for cell in line.split("|")][3:-1] == [
-        "0", "2", "80.00±0.00", "90.00±0.00",
-        "10.50±0.71", "20.50±0.71", "40.50±0.71", "50.50±0.71",
+        "0",
+        "2",
+        "80.00±0.00",
+        "90.00±0.00",
+        "10.50±0.71",
+        "20.50±0.71",
+        "40.50±0.71",
+        "50.50±0.71",
     ]
     assert table in capsys.readouterr().out
     for name in ("accuracy.png", "total_steps.png"):
@@ -213,8 +219,12 @@ def test_a_changed_figure_is_measured_again_and_a_passing_error_is_no_result(
 
 def test_a_field_with_several_values_is_an_axis_of_the_grid():
     study = Study(
-        methods=("lsq", "noise_adaptor"), levels=(2,), seeds=2, corrections=("none",),
-        width=(4, 8), epochs=(3, 30),
+        methods=("lsq", "noise_adaptor"),
+        levels=(2,),
+        seeds=2,
+        corrections=("none",),
+        width=(4, 8),
+        epochs=(3, 30),
     )
     configs = [(config_of(c, study), c) for c in cells_of(study)]
     wanted = {(w, e, s) for w in (4, 8) for e in (3, 30) for s in (0, 1)}

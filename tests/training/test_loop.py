@@ -29,8 +29,7 @@ def test_another_seed_trains_another_network(runs, tiny, with_parent):
     (with_parent / "digits_relu").rename(with_parent / "parent")
     config = replace(tiny, activation="relu", parent=None, name="x")
     cards = [
-        load_card(train(replace(config, seed=s, name=f"x{s}"), with_parent), "ann")
-        for s in (0, 1)
+        load_card(train(replace(config, seed=s, name=f"x{s}"), with_parent), "ann") for s in (0, 1)
     ]
     weights = [card["digests"]["params/conv1/kernel"] for card in cards]
     assert weights[0] != weights[1]
