@@ -4,7 +4,7 @@ Both methods of one seed start from one parent and see the same images in the sa
 difference is taken for each seed, and its deviation is that over seeds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,14 @@ from nadaptor._files import write_bytes, write_csv
 from nadaptor.configs.inference import CorrectionName
 from nadaptor.reports.plots import figure_bytes, new_figure
 from nadaptor.reports.tables import markdown
-from nadaptor.studies.study import Cell, Cells, Network, Study, networks_of
+from nadaptor.studies.study import Cell, Cells, Method, Network, Study, networks_of
 
-PLAIN, NOISY = "lsq", "noise_adaptor"
+# Each method with the adaptor, and what it is compared with: the same gradient of the scales.
+PAIRS: Mapping[Method, Method] = {
+    "noise_adaptor": "lsq",
+    "noise_adaptor_exact": "lsq",
+    "noise_adaptor_unscaled": "lsq_unscaled",
+}
 
 
 class Difference(NamedTuple):
@@ -34,7 +39,7 @@ def differences_of(study: Study, cells: Cells) -> list[Difference]:
     """Returns the differences of a study, in the order of its networks.
 
     Args:
-        study: with the methods "lsq" and "noise_adaptor"; without both there is none.
+        study: with methods that `PAIRS` has; without a whole pair there is none.
         cells: from `run_study`. A seed of which one of the two networks failed is left out.
     """
     return list(_differences(study, cells))
@@ -67,8 +72,10 @@ def write_differences(study: Study, cells: Cells, out: Path) -> bool:
 def _differences(study: Study, cells: Cells) -> Iterator[Difference]:
     networks = networks_of(study)
     for network in networks:
-        plain = network._replace(method=PLAIN)
-        if network.method != NOISY or plain not in networks:
+        if network.method not in PAIRS:
+            continue
+        plain = network._replace(method=PAIRS[network.method])
+        if plain not in networks:
             continue
         for correction in study.corrections:
             pairs = [

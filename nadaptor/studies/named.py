@@ -121,7 +121,9 @@ def gradient() -> Study:
 
     `python -m nadaptor.study gradient --data-dir DIR`
     """
-    methods = ("lsq", "noise_adaptor", "noise_adaptor_exact", "noise_adaptor_unscaled")
+    methods = (
+        "lsq", "lsq_unscaled", "noise_adaptor", "noise_adaptor_exact", "noise_adaptor_unscaled"
+    )
     return dataclasses.replace(fit(), methods=methods, epochs=(2,))
 
 

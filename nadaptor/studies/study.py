@@ -28,6 +28,7 @@ from nadaptor.training.options import DEFAULT, Deadline, Options
 
 Method = Literal[
     "lsq",
+    "lsq_unscaled",
     "noise_adaptor",
     "noise_adaptor_exact",
     "noise_adaptor_scaled",
@@ -41,6 +42,7 @@ Method = Literal[
 # What a method sets in a config beside p, where that is more than the activation of its name:
 # Eq. 7's own gradient in place of Eq. 10, and LSQ's factor on the gradient of the scale.
 METHODS: Mapping[str, Mapping[str, Any]] = {
+    "lsq_unscaled": {"activation": "lsq", "scale_gradient": False},
     "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
     "noise_adaptor_scaled": {"activation": "noise_adaptor", "scale_gradient": True},
     "noise_adaptor_unscaled": {"activation": "noise_adaptor", "scale_gradient": False},
