@@ -26,7 +26,7 @@ from nadaptor._jaxpr.find import Found, Left, QuantizedLayer, find
 from nadaptor._jaxpr.rewrite import rewrite
 from nadaptor._noise import layer_keys
 from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
-from nadaptor.rules import SCALE_FLOOR, SMALLEST, Rule, other_axes, scale_rule
+from nadaptor.rules import SCALE_FLOOR, SMALLEST, Rule, at_most, other_axes, scale_rule
 
 Activation = Callable[[jax.Array, jax.Array, int, jax.Array | None], jax.Array]
 """Maps (v, scale, levels, key) to the activation of v; the key is None without noise."""
@@ -175,7 +175,7 @@ class Quantized:
         entry = _ACTIVATIONS[self.activation] if isinstance(self.activation, str) else None
         if layer.bound is not None:
             unit = 1 if entry is not None and entry.by_threshold else self.levels
-            scale = _at_most(scale, layer.bound / unit)
+            scale = at_most(scale, layer.bound / unit)
         activate = self.activation
         if entry is not None:
             factor = 1.0
@@ -326,19 +326,6 @@ def _neurons(found: Found) -> list[QuantizedLayer]:
 def _features(shape: tuple[int, ...], batch_axis: int | None) -> int:
     axis = None if batch_axis is None else batch_axis % max(len(shape), 1)
     return math.prod(size for i, size in enumerate(shape) if i != axis)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _at_most(scale: jax.Array, bound: float) -> jax.Array:
-    """The scale, at most `bound`, straight-through: a step above the bound can be undone."""
-    return jnp.minimum(scale, jnp.asarray(bound, jnp.result_type(scale)))
-
-
-@_at_most.defjvp
-def _at_most_jvp(
-    bound: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    return _at_most(*primals, bound), tangents[0]
 
 
 def _check_not_silent(layers: list[QuantizedLayer], measured: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 They serve the starts of scales (`nadaptor.quantize`) and the calibration without training alike.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -122,3 +123,16 @@ def scale_rule(rule: str | Rule, levels: int, percent: float, by_threshold: bool
 def other_axes(x: jax.Array, axis: int | None) -> tuple[int, ...]:
     """All axes of x but one; all where it is None."""
     return tuple(i for i in range(x.ndim) if axis is None or i != axis % x.ndim)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def at_most(scale: jax.Array, bound: float) -> jax.Array:
+    """The scale, at most `bound`, straight-through: a step above the bound can be undone."""
+    return jnp.minimum(scale, jnp.asarray(bound, jnp.result_type(scale)))
+
+
+@at_most.defjvp
+def _at_most_jvp(
+    bound: float, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return at_most(*primals, bound), tangents[0]
