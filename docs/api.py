@@ -16,6 +16,7 @@ MODULES = (
     "nadaptor.early_exit",
     "nadaptor.analysis",
     "nadaptor.recording",
+    "nadaptor.operations",
     "nadaptor.models",
     "nadaptor.interop",
     "nadaptor.training",

@@ -3,6 +3,7 @@
 from nadaptor._execution.conv_gradient import conv_general_dilated
 from nadaptor.corrections import OffsetSpikes, Srp
 from nadaptor.neurons import IntegrateAndFire, SignedIntegrateAndFire, StBif
+from nadaptor.operations import energy
 from nadaptor.quantization import quantize
 from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
 from nadaptor.recording import record
@@ -19,6 +20,7 @@ __all__ = [
     "StBif",
     "clipped_relu",
     "conv_general_dilated",
+    "energy",
     "lsq",
     "noise_adaptor",
     "qcfs",
