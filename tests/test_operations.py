@@ -191,8 +191,13 @@ def test_spikes_that_are_masked_moved_or_looked_at_are_counted_where_they_arrive
     found = nadaptor.energy(f, x, num_steps=T)
     sent = trains(f, x)["layer0"].sum((0, 1))
     assert found.total.synops[-1] == (2 * sent[3] + sent[0]) * 5 > 0
-    # The first of two arguments as the data: what the other goes through is no layer.
-    def g(x, w):
+
+
+def test_what_depends_on_weights_alone_is_no_layer():
+    x, w = jnp.linspace(-0.5, 1.5, 12).reshape(3, 4), jnp.eye(4, 5)
+
+    def f(x, w):
         return spikes(x @ (w @ w.T)) @ w
-    other = nadaptor.energy(g, x, w, num_steps=T, data_argnum=0)
+
+    other = nadaptor.energy(f, x, w, num_steps=T, data_argnum=0)
     assert other.total.analog_macs == 3 * 4 * 4
