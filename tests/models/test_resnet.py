@@ -148,7 +148,7 @@ def test_padding_is_torchs_at_stride_two():
 
 
 def test_a_padded_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides():
-    x = jax.random.normal(KEY, (1, 4, 4, 2))
+    x = jax.random.normal(jax.random.key(2), (1, 4, 4, 2))
     identity = jnp.zeros((3, 3, 2, 2)).at[1, 1].set(jnp.eye(2))
     model = create(
         "digits_resnet8", 2, width=2, stage_sizes=(0, 1), norm=None, shortcut="pad",
@@ -175,7 +175,7 @@ def test_initial_weights_follow_torchs_rules():
 
 def test_training_mode_updates_statistics_towards_the_batch():
     model = create("digits_resnet8", 10, width=4, stage_sizes=())
-    x = jax.random.normal(KEY, (16, 8, 8, 1))
+    x = jax.random.normal(jax.random.key(2), (16, 8, 8, 1))
     variables = model.init(KEY, x)
     _, updated = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(
         variables, x
@@ -188,9 +188,10 @@ def test_training_mode_updates_statistics_towards_the_batch():
     np.testing.assert_allclose(got["var"], 0.9 + 0.1 * v.var((0, 1, 2)), rtol=1e-4)
 
 
+@pytest.mark.reuses_keys
 def test_a_split_batch_trains_like_the_whole_one():
     """Moments, scale starts and noise: nothing depends on the device count."""
-    x = jax.random.normal(KEY, (8, 8, 8, 1))
+    x = jax.random.normal(jax.random.key(2), (8, 8, 8, 1))
 
     def run(axis_name):
         activation = functools.partial(NoiseAdaptor, levels=2, axis_name=axis_name)
@@ -227,8 +228,9 @@ def without_scales(variables):
     return {**variables, "params": prune(variables["params"])}
 
 
+@pytest.mark.reuses_keys
 def test_scales_start_on_pretrained_weights():
-    x = jax.random.normal(KEY, (8, 8, 8, 1))
+    x = jax.random.normal(jax.random.key(2), (8, 8, 8, 1))
     build = functools.partial(create, "digits_resnet8", 10, width=4, stage_sizes=(1,))
     variables = jax.jit(build().init)(KEY, x)
     model = build(activation=functools.partial(Lsq, levels=2))
@@ -239,8 +241,9 @@ def test_scales_start_on_pretrained_weights():
 
 
 @pytest.mark.parametrize("train", [False, True])
+@pytest.mark.reuses_keys
 def test_no_layer_is_silent_in_the_mode_of_init(train):
-    x = jax.random.normal(KEY, (16, 8, 8, 1))
+    x = jax.random.normal(jax.random.key(2), (16, 8, 8, 1))
     activation = functools.partial(Lsq, levels=2)
     model = create("digits_resnet8", 10, width=4, stage_sizes=(1, 1), activation=activation)
 
@@ -260,7 +263,7 @@ def test_no_layer_is_silent_in_the_mode_of_init(train):
         (("resnet81", 10), {}, "unknown model 'resnet81'; did you mean 'resnet18'"),
         (("resnet18", 0), {}, "num_classes must be at least 1, not 0"),
         (("resnet18", 10), {"activations": Lsq}, "did you mean 'activation'"),
-        (("vgg", 10), {}, "there are cifar_resnet101"),
+        (("transformer", 10), {}, "there are cifar_resnet101"),
     ],
 )
 def test_bad_names_are_refused(arguments, options, message):
