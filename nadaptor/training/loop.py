@@ -156,7 +156,9 @@ def fit(
 
 
 def _train(config: Config, workdir: Path, options: Options, deadline: Deadline) -> Path:
-    run = open_run(config, options)  # bad input shows before the parent is trained
+    # Bad input shows before the parent is trained and a folder is made.
+    run = open_run(config, options)
+    parent_of(config)
     folder = workdir / config.name
     agree(_asked(run))
     # The processes of a run share the lock of the first.
