@@ -57,7 +57,7 @@ def simulate_command(
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out
     if checkpoint.exists():
-        # Before all the work, not after it.
-        check_writable(out)
+        # Before all the work, not after it; the folder is made when there is something to write.
+        check_writable(next(folder for folder in (out, *out.parents) if folder.exists()))
     report = simulate_checkpoint(checkpoint, num_steps, split, inference, data_dir, num_images)
     write_report(report, out)

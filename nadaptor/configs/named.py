@@ -137,7 +137,7 @@ def get_config(name: str) -> Config:
         ValueError: there is none; the message suggests the nearest.
 
     Example:
-        >>> get_config("digits_na").levels
+        >>> get_config("digits_na").quantizer.levels
         2
     """
     return CONFIGS[check_name(name, CONFIGS, "config")]()

@@ -187,7 +187,7 @@ def test_an_evaluation_says_what_it_measured(call, runs):
     words, last = out.splitlines()[-2:]
     assert words == (
         f"digits_resnet8 with noise_adaptor, weights of {runs}/digits_na/checkpoint, "
-        "on 297 test images of digits, noise off"
+        "on 450 test images of digits, noise off"
     )
     assert 90 < float(last.removeprefix("accuracy ")) <= 100
 

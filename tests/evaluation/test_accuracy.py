@@ -86,7 +86,7 @@ def test_images_are_read_a_batch_at_a_time(snn, source):
     def simulated(*args, **kwargs):
         nonlocal done
         done += len(args[2])
-        return np.ones(1), np.ones(7), np.ones((2, 0))
+        return np.ones(1), np.ones(7), np.ones((2, 0)), None
 
     endless = source._replace(size=20 * BATCH_SIZE, read=note, resident=None)
     with pytest.MonkeyPatch.context() as patch:

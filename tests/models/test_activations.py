@@ -57,7 +57,7 @@ def test_the_scale_of_least_error_is_measured_over_all_devices():
 
 
 def test_an_unknown_start_is_refused_with_its_value():
-    with pytest.raises(ValueError, match="'lsq', 'mmse', 'mmse_relu'.*not 'best'"):
+    with pytest.raises(ValueError, match=r"'lsq', 'mmse', 'mmse_relu'.*not 'best'"):
         Lsq(2, scale_init="best")
 
 

@@ -71,7 +71,7 @@ def test_networks_become_neurons_with_the_layers_threshold_and_start(layer, leve
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     folded = jax.eval_shape(fold_batch_norm, variables)
     net = nadaptor.spiking(model.clone(norm=None).apply, folded, images)
-    assert {(n.levels, n.start) for n in net.layers} == {(levels, start)}
+    assert {(n.threshold, n.start) for n in net.layers} == {(levels, start)}
 
 
 def test_a_floor_shift_moves_the_start_of_the_neuron():
