@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
-from nadaptor._jaxpr.trace import contains, is_mark
+from nadaptor._jaxpr.trace import contains, is_mark, to_jaxpr
 from nadaptor.quantization import quantize
 from nadaptor.rules import SMALLEST, Rule, maximum, mmse, other_axes, percentile
 from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
@@ -266,7 +266,7 @@ def _relu_activations(net: SpikingNetwork, prepared: Prepared) -> tuple[jax.Arra
 
 def _convert(f: Callable[..., Any], args: tuple[Any, ...], nonaffine: Nonaffine) -> SpikingNetwork:
     """Converts f as it is where it has quantizers; else with thresholds of 1 for its ReLUs."""
-    closed = jax.make_jaxpr(lambda *args: f(*args))(*args)
+    closed, _ = to_jaxpr(f, *args)
     if not contains(closed.jaxpr, is_mark):
         clipped = quantize(f, activation="clipped_relu", pools=nonaffine == "refuse")
         f = functools.partial(clipped, 1.0)

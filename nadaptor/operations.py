@@ -15,7 +15,16 @@ from jax.extend.core import Literal
 
 from nadaptor._jaxpr.affine import describe
 from nadaptor._jaxpr.plan import MEAN, Plan, kind_of, plan
-from nadaptor._jaxpr.trace import Op, Trace, contains, reached, sub_jaxprs, trace, variables
+from nadaptor._jaxpr.trace import (
+    Op,
+    Trace,
+    contains,
+    reached,
+    sub_jaxprs,
+    to_jaxpr,
+    trace,
+    variables,
+)
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.recording import record
 from nadaptor.simulation import Correction
@@ -141,7 +150,7 @@ def energy(
         correction=correction,
     )
     # Not as `spiking` traces it: a convolution that was rewritten for speed has other operations.
-    traced = trace(jax.make_jaxpr(lambda *args: f(*args))(*args))
+    traced = trace(to_jaxpr(f, *args)[0])
     counter = _Counter(traced, plan(traced, coding, nonaffine), args, data_argnum)
     trains = [np.asarray(layer.spikes) for layer in rec.values()]
     table = EnergyTable() if table is None else table

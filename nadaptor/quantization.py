@@ -24,9 +24,10 @@ from jax.core import Tracer
 from nadaptor._checks import check_levels, check_name, check_scales
 from nadaptor._jaxpr.find import Found, Left, QuantizedLayer, find
 from nadaptor._jaxpr.rewrite import rewrite
+from nadaptor._jaxpr.trace import to_jaxpr
 from nadaptor._noise import layer_keys
 from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
-from nadaptor.rules import SCALE_FLOOR, SMALLEST, Rule, at_most, other_axes, scale_rule
+from nadaptor.rules import SCALE_FLOOR, SMALLEST, Rule, at_most, other_axes, projection, scale_rule
 
 Activation = Callable[[jax.Array, jax.Array, int, jax.Array | None], jax.Array]
 """Maps (v, scale, levels, key) to the activation of v; the key is None without noise."""
@@ -143,8 +144,7 @@ class Quantized:
         return self._trace(args)[2].left
 
     def _trace(self, args: tuple[Any, ...]) -> tuple[Any, Any, Found]:
-        # A function of its own: jax keeps the trace of f, and what f closed over then.
-        traced, shapes = jax.make_jaxpr(lambda *args: self.f(*args), return_shape=True)(*args)
+        traced, shapes = to_jaxpr(self.f, *args)
         chosen = None
         if self.argnums is not None:
             for n in self.argnums:
@@ -283,9 +283,8 @@ def project_scales(
         >>> project_scales({"layer0": jnp.float32(-0.5)}, floor=0.25)
         {'layer0': Array(0.25, dtype=float32)}
     """
-    if not floor > 0:
-        raise ValueError(f"floor must be positive, not {floor!r}; the default is {SCALE_FLOOR}")
-    return {name: jnp.maximum(s, jnp.asarray(floor, s.dtype)) for name, s in scales.items()}
+    project = projection(floor)
+    return {name: project(scale) for name, scale in scales.items()}
 
 
 class _Entry(NamedTuple):

@@ -22,6 +22,21 @@ SCALE_FLOOR = 1e-4
 SMALLEST = 1e-6
 
 
+def projection(floor: float) -> Callable[[jax.Array], jax.Array]:
+    """What takes a scale to at least `floor`, as `project_scales` does after each update.
+
+    Raises:
+        ValueError: `floor` is not positive.
+
+    Example:
+        >>> projection(0.25)(jnp.float32(-0.5)).item()
+        0.25
+    """
+    if not floor > 0:
+        raise ValueError(f"floor must be positive, not {floor!r}; the default is {SCALE_FLOOR}")
+    return lambda scale: jnp.maximum(scale, jnp.asarray(floor, scale.dtype))
+
+
 def maximum() -> Rule:
     """The largest activation: nothing is clipped, and most neurons fire seldom.
 

@@ -213,7 +213,7 @@ def run_in_tiles(
 
     def start(*args: Any) -> Callable[..., Any]:
         part = convert(*args)
-        check_example_outputs(part.output_shapes, min(tile, number) if not parts else number % tile)
+        check_example_outputs(part.output_shapes, number % tile if parts else tile)
         parts.append(part)
         shared = part.prepare_shared(args, [axis is not None for axis in axes])
         return lambda *args: run(part, part.prepare(*args, shared=shared), chunk)

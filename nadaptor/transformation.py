@@ -24,7 +24,7 @@ from nadaptor._execution.placement import shard_like
 from nadaptor._jaxpr.affine import describe
 from nadaptor._jaxpr.layers import Layer, find_layers, fitting_neuron
 from nadaptor._jaxpr.plan import MEAN, Plan, check_outputs, is_mean, kind_of, plan
-from nadaptor._jaxpr.trace import Atom, Op, Trace, trace, variables
+from nadaptor._jaxpr.trace import Atom, Op, Trace, to_jaxpr, trace, variables
 from nadaptor.neurons import Coding, Neuron, State
 
 Prepared = tuple[jax.Array, ...]
@@ -303,10 +303,8 @@ def spiking(
 
     Source: Noise Adaptor, Eq. 1, 2 and 6.
     """
-    # JAX keeps a trace by the identity of its function, but f may be a closure over weights that
-    # have been trained since: a function object of its own is traced anew.
     step, frames = first_frames(args, over_time)
-    closed, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*step)
+    closed, shapes = to_jaxpr(f, *step)
     backend = jax.default_backend()
     traced = trace(
         closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, fast_convolution)

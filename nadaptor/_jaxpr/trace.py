@@ -76,6 +76,13 @@ class Trace(NamedTuple):
     spiking: frozenset[int]  # the variables that a mark's output reaches
 
 
+def to_jaxpr(f: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:
+    """Traces a user's function; returns its jaxpr, and its result as `jax.ShapeDtypeStruct`s."""
+    # JAX keeps a trace by the identity of its function, but f may be a closure over weights that
+    # have been trained since: a function object of its own is traced anew.
+    return jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
+
+
 def trace(closed: ClosedJaxpr, rewrite: Rewrite | None = None) -> Trace:
     """Inlines a closed jaxpr and drops the operations that no output needs.
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import numpy as np
 
 from nadaptor.data.config import DataConfig
-from nadaptor.data.source import Example, Source
+from nadaptor.data.source import Example, Source, sized_spec
 from nadaptor.data.tfds import KNOWN
 
 # Images in the stored training sets.
@@ -33,10 +33,7 @@ def stand_in(data: DataConfig) -> Source | None:
     name = data.dataset.partition(":")[0]
     if name not in TRAINING_IMAGES:
         return None
-    spec = KNOWN[name]
-    if data.image_size is not None:
-        shape = (data.image_size, data.image_size, spec.image_shape[-1])
-        spec = spec._replace(image_shape=shape)
+    spec = sized_spec(KNOWN[name], None, data.image_size)
     there = TRAINING_IMAGES[name] - data.validation_size
     size = there if data.train_size is None else data.train_size
     if not 0 < size <= there:

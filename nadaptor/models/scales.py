@@ -5,12 +5,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 
 from nadaptor.models.activations import Relu
 from nadaptor.quantization import quantize
-from nadaptor.rules import SCALE_FLOOR
+from nadaptor.rules import SCALE_FLOOR, projection
 
 SCALE_NAMES = ("quant_scale", "threshold")
 
@@ -40,6 +39,7 @@ def start_scales(
         ValueError: something else than scales is missing.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from nadaptor.models import Lsq
         >>> full = start_scales(Lsq(2), {"params": {}}, jnp.ones((1, 4)), jax.random.key(0))
         >>> round(float(full["params"]["quant_scale"]), 4)
@@ -101,17 +101,15 @@ def project_scales(params: Any, floor: float = SCALE_FLOOR) -> Any:
         ValueError: `floor` is not positive.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> params = {"act1": {"quant_scale": jnp.array(-0.5)}, "norm": {"scale": jnp.array(-0.5)}}
         >>> jax.tree.map(float, project_scales(params, floor=0.25))
         {'act1': {'quant_scale': 0.25}, 'norm': {'scale': -0.5}}
     """
-    if not floor > 0:
-        raise ValueError(f"floor must be positive, not {floor!r}; the default is {SCALE_FLOOR}")
-
-    def project(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return jnp.maximum(leaf, jnp.asarray(floor, leaf.dtype)) if is_scale(path) else leaf
-
-    return jax.tree_util.tree_map_with_path(project, params)
+    project = projection(floor)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: project(leaf) if is_scale(path) else leaf, params
+    )
 
 
 def is_scale(path: tuple[Any, ...]) -> bool:
