@@ -11,7 +11,7 @@ MODULES = (
     "nadaptor",
     "nadaptor.neurons",
     "nadaptor.quantization",
-    "nadaptor.rules",
+    "nadaptor.quantization.rules",
     "nadaptor.calibration",
     "nadaptor.early_exit",
     "nadaptor.analysis",

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from nadaptor._checks import check_count
 from nadaptor._jaxpr.trace import contains, is_mark, to_jaxpr
 from nadaptor.quantization import quantize
-from nadaptor.rules import SMALLEST, Rule, maximum, mmse, other_axes, percentile
+from nadaptor.quantization.rules import SMALLEST, Rule, maximum, mmse, other_axes, percentile
 from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
 
 __all__ = [

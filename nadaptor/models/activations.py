@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_levels
+from nadaptor.quantization.rules import SCALE_FLOOR
 from nadaptor.quantizers import GradientMode, clipped_relu, lsq, mmse_scale, noise_adaptor
-from nadaptor.rules import SCALE_FLOOR
 
 ScaleInit = Literal["lsq", "mmse", "mmse_relu"]
 # Sets the draw of a network's levels apart from the keys of its layers.

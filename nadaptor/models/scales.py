@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from nadaptor.models.activations import Relu
 from nadaptor.quantization import quantize
-from nadaptor.rules import SCALE_FLOOR, projection
+from nadaptor.quantization.rules import SCALE_FLOOR, projection
 
 SCALE_NAMES = ("quant_scale", "threshold")
 

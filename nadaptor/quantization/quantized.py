@@ -26,8 +26,16 @@ from nadaptor._jaxpr.find import Found, Left, QuantizedLayer, find
 from nadaptor._jaxpr.rewrite import rewrite
 from nadaptor._jaxpr.trace import to_jaxpr
 from nadaptor._noise import layer_keys
+from nadaptor.quantization.rules import (
+    SCALE_FLOOR,
+    SMALLEST,
+    Rule,
+    at_most,
+    other_axes,
+    projection,
+    scale_rule,
+)
 from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
-from nadaptor.rules import SCALE_FLOOR, SMALLEST, Rule, at_most, other_axes, projection, scale_rule
 
 Activation = Callable[[jax.Array, jax.Array, int, jax.Array | None], jax.Array]
 """Maps (v, scale, levels, key) to the activation of v; the key is None without noise."""
