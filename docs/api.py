@@ -19,6 +19,7 @@ MODULES = (
     "nadaptor.operations",
     "nadaptor.models",
     "nadaptor.interop",
+    "nadaptor.checkpoints",
     "nadaptor.training",
 )
 HEAD = """# Names of the API

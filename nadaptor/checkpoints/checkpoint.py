@@ -25,8 +25,10 @@ from nadaptor._version import __version__
 from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
 from nadaptor.errors import RunError
 
-Kind = Literal["ann", "snn"]
-_MADE_BY: Mapping[str, str] = {"ann": "train.py", "snn": "convert.py"}
+Kind = Literal["ann", "snn", "network"]
+_MADE_BY: Mapping[str, str] = {
+    "ann": "train.py", "snn": "convert.py", "network": "save_network"
+}
 # After so many bytes another file is begun, and no array is in larger pieces: so no file is above
 # twice as many, 16 MiB, and a checkpoint can be carried in parts.
 FILE_BYTES = 8 * 2**20
@@ -54,7 +56,7 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
 
     Args:
         path: folder to make; must not exist.
-        kind: "ann", a trained network, or "snn", a converted one.
+        kind: "ann", a trained network, "snn", a converted one, or "network", of `save_network`.
         arrays: pytree of dicts of arrays.
         card: what else to say of them, values that JSON can hold.
 
