@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,6 +58,49 @@ def program(command: str) -> str:
     """
     called = Path(sys.argv[0]).name
     return f"{called} {command}" if called == "nadaptor" else called
+
+
+def refuse_idle(given: Mapping[str, object], why: str) -> None:
+    """Refuses options that would do nothing beside the others.
+
+    Args:
+        given: values by the names of the options; None, or False, where one was not given.
+        why: "without --calibrate", or "with --dry-run".
+
+    Raises:
+        ValueError: one was given; the message names it and the remedy.
+
+    Example:
+        >>> refuse_idle({"--percent": None}, "without --calibrate percentile")
+        >>> refuse_idle({"--percent": 99.0}, "without --calibrate percentile")
+        Traceback (most recent call last):
+        ValueError: --percent does nothing without --calibrate percentile; add that or leave it out
+    """
+    remedy = "add that or leave it out" if why.startswith("without") else "leave it out"
+    for option, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{option} does nothing {why}; {remedy}")
+
+
+def changed(asked: Any, default: Any, fields: Iterable[str]) -> dict[str, Any]:
+    """Returns the options that were given another value than the default, for `refuse_idle`.
+
+    Args:
+        asked: an object with the fields.
+        default: another.
+        fields: their names.
+
+    Example:
+        >>> from nadaptor.training.options import Options
+        >>> changed(Options(keep=3), Options(), ("keep", "tensorboard"))
+        {'--keep': 3, '--tensorboard': None}
+    """
+    return {
+        f"--{name.replace('_', '-')}": value
+        if (value := getattr(asked, name)) != getattr(default, name)
+        else None
+        for name in fields
+    }
 
 
 def parse_named(

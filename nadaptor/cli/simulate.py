@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from nadaptor._files import check_writable
-from nadaptor.cli.command import program, use_every_core
-from nadaptor.configs.inference import CorrectionName, get_inference
+from nadaptor.cli.command import program, refuse_idle, use_every_core
+from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
 from nadaptor.evaluation.report import simulate_checkpoint, write_report
 from nadaptor.neurons import Coding
 
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the words after the command.
 
     Raises:
-        ValueError: as `nadaptor.training.simulate_checkpoint`.
+        ValueError: as `nadaptor.training.simulate_checkpoint`, or an option would do nothing.
     """
     use_every_core()
     tyro.cli(simulate_command, prog=program("simulate"), args=list(arguments))
@@ -32,7 +32,7 @@ def simulate_command(
     split: Literal["validation", "test"] = "validation",
     coding: Coding = "rate",
     correction: CorrectionName = "none",
-    correction_steps: int = 4,
+    correction_steps: int | None = None,
     num_images: int | None = None,
     data_dir: Path | None = None,
     out: Path | None = None,
@@ -46,13 +46,16 @@ def simulate_command(
         coding: How spikes carry a number: by their rate, or by their sum, which ends exactly at the
             quantized network and then falls silent.
         correction: How to counter occasional noise at inference.
-        correction_steps: Steps that offset spikes (rho) or SRP (tau) spend before the T counted.
+        correction_steps: Steps of offset spikes (rho) or SRP (tau) before the T counted (4).
         num_images: First images of the split to measure on; by default all.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         out: Folder for the files; by default "simulation-SPLIT" beside the checkpoint, with
             "-sum" or "-CORRECTION" at the end where it applies.
     """
-    inference = get_inference(correction, correction_steps, coding)
+    if correction not in TWO_STAGES:
+        refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
+    steps = 4 if correction_steps is None else correction_steps
+    inference = get_inference(correction, steps, coding)
     used = "sum" if coding == "sum" else correction
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out

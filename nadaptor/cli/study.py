@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nadaptor.cli.command import parse_named, program, use_every_core
+from nadaptor.cli.command import changed, parse_named, program, refuse_idle, use_every_core
+from nadaptor.configs.inference import TWO_STAGES
 from nadaptor.studies.named import STUDIES
-from nadaptor.studies.study import Study, run_study
+from nadaptor.studies.study import FIXED_LEVELS, Study, run_study
 from nadaptor.studies.table import write_study
 from nadaptor.training.options import Options
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the words after the command.
 
     Raises:
-        ValueError: as `run_study`, or there is no study of that name.
+        ValueError: as `run_study`, there is no study of that name, or an option would do nothing.
     """
     use_every_core()
     asked = parse_named(
@@ -43,8 +44,26 @@ def main(arguments: Sequence[str]) -> None:
         command="study",
         description=f"{__doc__}\nFor example: {program('study')} digits --seeds 3",
     )
+    _refuse_idle(asked, STUDIES[arguments[0]]())
     cells = run_study(asked.study, asked.workdir, asked.options)
     write_study(asked.study, cells, asked.workdir / "results" if asked.out is None else asked.out)
+
+
+def _refuse_idle(asked: StudyCommand, default: Study) -> None:
+    """Refuses what would do nothing, or not what it says."""
+    study, options = asked.study, asked.options
+    alone = ("dry_run", "evaluate_only", "coordinator", "num_processes", "process_id")
+    refuse_idle(
+        changed(options, Options(), alone),
+        "in a study, of which any number of processes share the cells in one workdir",
+    )
+    if not options.init_from:
+        refuse_idle({"--new-head": options.new_head}, "without --init-from")
+    if not set(study.corrections) & set(TWO_STAGES):
+        given = changed(study, default, ["correction_steps"])
+        refuse_idle(given, f"without --corrections {' or '.join(TWO_STAGES)}")
+    if set(study.methods) <= FIXED_LEVELS.keys():
+        refuse_idle(changed(study, default, ["levels"]), f"with {', '.join(study.methods)} alone")
 
 
 def _command(name: str, make: Callable[[], Study]) -> Callable[[], StudyCommand]:

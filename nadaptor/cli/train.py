@@ -4,12 +4,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nadaptor.cli.command import parse_named, program
+from nadaptor.cli.command import changed, parse_named, program, refuse_idle
 from nadaptor.configs.config import Config
 from nadaptor.configs.named import CONFIGS
+from nadaptor.models.config import ACTIVATIONS
 from nadaptor.models.registry import MODELS
 from nadaptor.training.options import Options
 
+# Options that an evaluation has no use for.
+OF_TRAINING = ("snapshot_steps", "max_minutes", "keep", "resident", "tensorboard")
 DESCRIPTION = "Trains a network, after the full-precision network that it starts from."
 
 
@@ -30,7 +33,8 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the words after the command.
 
     Raises:
-        ValueError: as `nadaptor.training.train`, or there is no config of that name.
+        ValueError: as `nadaptor.training.train`, or there is no config of that name, or
+            an option would do nothing.
         RunError: as `nadaptor.training.train`.
         Interrupted: as `nadaptor.training.train`.
     """
@@ -39,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse_named(
         _commands(), "config", arguments, command="train", description=known, more=models
     )
+    _refuse_idle(asked, CONFIGS[arguments[0]]())
     train_command(asked)
 
 
@@ -54,6 +59,22 @@ def train_command(asked: TrainCommand) -> None:
         print(f"{measured}\naccuracy {100 * measured.accuracy:.2f}")
     else:
         print(f"checkpoint: {train(asked.config, asked.workdir, asked.options)}")
+
+
+def _refuse_idle(asked: TrainCommand, default: Config) -> None:
+    """Refuses what would do nothing. A dry run is of the same command without it: all counts."""
+    options = asked.options
+    if options.evaluate_only and options.dry_run:
+        raise ValueError("--evaluate-only and --dry-run each take training's place; choose one")
+    if not options.init_from:
+        refuse_idle({"--new-head": options.new_head}, "without --init-from")
+    if options.evaluate_only:
+        refuse_idle(changed(options, Options(), OF_TRAINING), "with --evaluate-only")
+    quantizer = asked.config.quantizer
+    used = {"activation", *ACTIVATIONS[quantizer.activation].attributes}
+    idle = [f.name for f in dataclasses.fields(quantizer) if f.name not in used]
+    given = changed(quantizer, default.quantizer, idle)
+    refuse_idle(given, f"with --activation {quantizer.activation}")
 
 
 def _commands() -> Mapping[str, Callable[[], TrainCommand]]:

@@ -89,6 +89,40 @@ def test_a_bad_override_is_named_and_nothing_is_written(call, tmp_path, option, 
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "why"),
+    [
+        ("convert.py x --percent 99", "--percent", "without --calibrate percentile"),
+        ("convert.py x --calibrate max --percent 99.9", "--percent", "--calibrate percentile"),
+        ("convert.py x --biases", "--biases", "without --calibrate"),
+        ("convert.py x --num-steps 8", "--num-steps", "without --calibrate mmse or --biases"),
+        ("convert.py x --calibrate max --num-steps 8", "--num-steps", "mmse or --biases"),
+        ("simulate.py x --correction-steps 4", "--correction-steps", "with --correction none"),
+        ("train.py digits_na --new-head", "--new-head", "without --init-from"),
+        ("train.py digits_na --evaluate-only --keep 3", "--keep", "with --evaluate-only"),
+        ("train.py digits_relu --levels 4", "--levels", "with --activation relu"),
+        ("train.py digits_lsq --gradient exact", "--gradient", "with --activation lsq"),
+        ("study digits --dry-run", "--dry-run", "in a study"),
+        ("study digits --coordinator auto", "--coordinator", "share the cells in one workdir"),
+        ("study digits --new-head", "--new-head", "without --init-from"),
+        ("study fit --correction-steps 8", "--correction-steps", "--corrections offset-spikes or"),
+        ("study digits --methods ttrbr --levels 3", "--levels", "with ttrbr alone"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused_with_the_remedy(
+    call, nadaptor, monkeypatch, tmp_path, command, option, why
+):
+    monkeypatch.chdir(tmp_path)
+    name, *words = command.split()
+    result = call(name, *words) if name.endswith(".py") else nadaptor(name, *words)
+    refused(result, f": {option} does nothing ", why, "leave it out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_evaluation_and_a_dry_run_are_not_done_at_once(call):
+    refused(call("train.py", "digits_na", "--evaluate-only", "--dry-run"), "choose one")
+
+
 @pytest.fixture
 def nadaptor(monkeypatch, capsys):
     """Runs the console script; returns its exit code, stdout and stderr."""
