@@ -19,6 +19,10 @@ from nadaptor.transformation import Prepared, SpikingNetwork
 Saturated = Literal["capped", "published"]
 
 
+# For infinity, which `jax_debug_infs` takes for a fault.
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
 class _Record(NamedTuple):
     """What one neuron did in the first stage, in units of its threshold."""
 
@@ -84,7 +88,7 @@ class OffsetSpikes:
     def _shift(self, seen: _Record) -> jax.Array:
         # A neuron that was never silent has no m-: 0.001 makes its shift 1.
         undefined = 0.001 if self.saturated == "capped" else -1000.0
-        silent = jnp.where(jnp.isinf(seen.highest_silent), undefined, seen.highest_silent)
+        silent = jnp.where(seen.highest_silent == -_LARGEST, undefined, seen.highest_silent)
         lower = jnp.maximum(1.0, seen.lowest_fired - 0.999)
         higher = jnp.maximum(1.0, 1.001 - silent)
         surplus = (seen.potential < 0) & seen.fired
@@ -122,7 +126,7 @@ class Srp:
         check_count(self.num_steps, "num_steps")
 
     def start(self, net: SpikingNetwork, prepared: Prepared) -> tuple[State, ...]:
-        """Returns the ordinary start state, at -inf for the neurons that are silenced."""
+        """Returns the ordinary start state, the least number for silenced neurons."""
         plain = dataclasses.replace(net, neuron=IntegrateAndFire())
         potentials, _ = jax.lax.scan(
             lambda state, _: (plain.step(state, prepared)[0], None),
@@ -130,11 +134,11 @@ class Srp:
             length=self.num_steps,
         )
         return tuple(
-            # From -inf no current can lift a neuron to its threshold.
+            # From so far below no current can lift a neuron to its threshold.
             net.neuron.init(
                 layer.shape,
                 layer.threshold,
-                jnp.where(u > 1e-3 * layer.threshold, layer.start, -jnp.inf),
+                jnp.where(u > 1e-3 * layer.threshold, layer.start, -_LARGEST),
             )
             # A network with running means has an entry for them after those of its layers.
             for layer, u in zip(net.layers, potentials, strict=False)
@@ -154,11 +158,11 @@ def _observe(begin: jax.Array, currents: jax.Array, threshold: Threshold) -> _Re
             _Record(
                 after / threshold,
                 record.fired | fired,
-                jnp.minimum(record.lowest_fired, jnp.where(fired, before, jnp.inf)),
-                jnp.maximum(record.highest_silent, jnp.where(fired, -jnp.inf, before)),
+                jnp.minimum(record.lowest_fired, jnp.where(fired, before, _LARGEST)),
+                jnp.maximum(record.highest_silent, jnp.where(fired, -_LARGEST, before)),
             ),
         ), None
 
-    infinite = jnp.full_like(begin, jnp.inf)
-    record = _Record(begin / threshold, jnp.zeros_like(begin, bool), infinite, -infinite)
+    largest = jnp.full_like(begin, _LARGEST)
+    record = _Record(begin / threshold, jnp.zeros_like(begin, bool), largest, -largest)
     return jax.lax.scan(step, (begin, record), currents)[0][1]

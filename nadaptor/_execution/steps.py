@@ -131,7 +131,8 @@ def _average(are_means: Sequence[bool], total: Any, out: Any, steps: jax.Array) 
     rates = [before[i] for i in adding], [leaves[i] for i in adding]
     sums, each = jax.lax.scan(_add, *rates, length=len(steps))
     for i, after, x in zip(adding, sums, each, strict=True):
-        last[i], averaged[i] = after, x / steps.reshape(-1, *[1] * (x.ndim - 1))
+        number = steps.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
+        last[i], averaged[i] = after, x / number
     return tree.unflatten(last), tree.unflatten(averaged)
 
 

@@ -41,7 +41,7 @@ def add_steps(sent: Sent, totals: jax.Array, time: jax.Array) -> Sent:
     steps = time + 1 + jnp.arange(len(totals), dtype=jnp.int32)
     return Sent(
         totals[-1],
-        sent.positive + jnp.maximum(spikes, 0).sum(0),
-        sent.negative - jnp.minimum(spikes, 0).sum(0),
+        sent.positive + jnp.maximum(spikes, 0).sum(0, dtype=jnp.int32),
+        sent.negative - jnp.minimum(spikes, 0).sum(0, dtype=jnp.int32),
         jnp.maximum(sent.last, jnp.where(fired, steps, 0).max()),
     )

@@ -18,6 +18,8 @@ from jax.typing import ArrayLike
 from nadaptor._checks import check_floating, check_positive, check_scale
 from nadaptor._execution.placement import vary_like
 
+# Bound once: what replaces `jax.jit` for a while, to debug, would leave marks that are none.
+_jit = jax.jit
 _MARK = re.compile(r"nadaptor_spike\[levels=(\d+),start=([^\]]+)\]")
 
 
@@ -63,8 +65,12 @@ def apply_activation(
 
 
 def encode(below: jax.Array, above: jax.Array, inside: jax.Array) -> jax.Array:
-    """One array for the backward pass: dy/dscale inside, -inf below and +inf above."""
-    return jnp.where(below, -jnp.inf, jnp.where(above, jnp.inf, inside))
+    """One array for the backward pass: dy/dscale inside, the least number below, the largest above.
+
+    No infinity: `jax_debug_infs` takes one for a fault.
+    """
+    largest = jnp.finfo(inside.dtype).max
+    return jnp.where(below, -largest, jnp.where(above, largest, inside))
 
 
 @functools.lru_cache(maxsize=None)
@@ -72,9 +78,10 @@ def decode(levels: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     """The slopes of an `encode`d residual: dy/dv is 1 inside, dy/dscale is `levels` above."""
 
     def slopes(residual: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inside = jnp.where(residual == -jnp.inf, 0, residual)
-        dscale = jnp.where(residual == jnp.inf, levels, inside)
-        return jnp.isfinite(residual), dscale
+        largest = jnp.finfo(residual.dtype).max
+        inside = jnp.where(residual == -largest, 0, residual)
+        dscale = jnp.where(residual == largest, levels, inside)
+        return jnp.abs(residual) < largest, dscale
 
     return slopes
 
@@ -87,7 +94,16 @@ def _scaled(activation: Activation, v: jax.Array, scale: jax.Array, key: Any) ->
 
 def _scaled_fwd(activation, v, scale, key):
     q, residual = activation.forward(_in_units(v, scale), key)
-    return (q * scale).astype(v.dtype), (residual.astype(v.dtype), scale)
+    return (q * scale).astype(v.dtype), (_narrowed(residual, v.dtype), scale)
+
+
+def _narrowed(residual: jax.Array, dtype: Any) -> jax.Array:
+    """The residual in the dtype of v, the largest number of the one as that of the other."""
+    largest = jnp.finfo(dtype).max
+    if largest < jnp.finfo(residual.dtype).max:
+        bound = jnp.asarray(largest, residual.dtype)
+        residual = jnp.clip(residual, -bound, bound)
+    return residual.astype(dtype)
 
 
 def _scaled_bwd(activation, saved, g):
@@ -119,7 +135,7 @@ def _marked(activation: Activation) -> Callable[[jax.Array, Any], jax.Array]:
 
     levels, start = activation.mark
     forward.__name__ = forward.__qualname__ = f"nadaptor_spike[levels={levels},start={start!r}]"
-    return jax.jit(forward)
+    return _jit(forward)
 
 
 def _in_units(v: jax.Array, scale: jax.Array) -> jax.Array:

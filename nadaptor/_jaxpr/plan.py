@@ -109,8 +109,10 @@ def check_outputs(traced: Trace, outputs: Iterable[tuple[Any, str]]) -> None:
     """Raises a ValueError unless there is a quantizer, and spikes reach each (atom, name)."""
     if not any(op.mark for op in traced.ops):
         raise ValueError(
-            "cannot convert to spikes: no output of the function depends on a quantized "
-            "activation, so nothing would spike; use nadaptor.lsq or another quantizer in it"
+            "cannot convert to spikes: in the function as traced no quantizer is left on which "
+            "an output depends; use nadaptor.lsq or another in it, and convert the function "
+            "itself: a derivative (jax.grad, jax.vjp), a simulation and a quantizer replaced by "
+            "its plain operations keep none"
         )
     for atom, name in outputs:
         if not reached(traced.spiking, [atom])[0]:

@@ -79,8 +79,10 @@ class Trace(NamedTuple):
 def to_jaxpr(f: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:
     """Traces a user's function; returns its jaxpr, and its result as `jax.ShapeDtypeStruct`s."""
     # JAX keeps a trace by the identity of its function, but f may be a closure over weights that
-    # have been trained since: a function object of its own is traced anew.
-    return jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
+    # have been trained since: a function object of its own is traced anew. Without `jit` there
+    # would be no marks.
+    with jax.disable_jit(False):
+        return jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
 
 
 def trace(closed: ClosedJaxpr, rewrite: Rewrite | None = None) -> Trace:
@@ -297,7 +299,7 @@ def _unrolled(eqn: Any) -> ClosedJaxpr:
             carry, turns[i] = out[:num_carry], out[num_carry:]
         return [*carry, *map(jnp.stack, zip(*(turns[i] for i in range(length)), strict=True))]
 
-    return jax.make_jaxpr(unrolled)(*(var.aval for var in eqn.invars))
+    return to_jaxpr(unrolled, *(var.aval for var in eqn.invars))[0]
 
 
 def count_same_rank(outer: Sequence[Any], inner: Sequence[Any]) -> int:

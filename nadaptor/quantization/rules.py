@@ -68,7 +68,23 @@ def percentile(percent: float = 99.9) -> Rule:
         raise ValueError(f"percent must be above 0 and at most 100, not {percent!r}")
 
     def rule(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        return jnp.nanpercentile(jnp.where(a > 0, a, jnp.nan), percent, axes, keepdims=True)
+        axes = tuple(i % a.ndim for i in axes)
+        kept = [i for i in range(a.ndim) if i not in axes]
+        shape = [a.shape[i] for i in kept]
+        ordered = jnp.sort(jnp.where(a > 0, a, 0).transpose(*kept, *axes).reshape(*shape, -1))
+        # The zeros come first; to mark them as NaN would be a fault to `jax_debug_nans`.
+        size, number = ordered.shape[-1], (ordered > 0).sum(-1, keepdims=True)
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        place = jnp.maximum(number - 1, 0).astype(wide) * (percent / 100)
+        below = jnp.floor(place)
+
+        def nth(i: jax.Array) -> jax.Array:
+            index = jnp.minimum(size - number + i.astype(number.dtype), size - 1)
+            return jnp.take_along_axis(ordered, index, -1).astype(wide)
+
+        above = place - below
+        found = nth(below) * (1 - above) + nth(jnp.ceil(place)) * above
+        return found.astype(a.dtype).reshape([1 if i in axes else n for i, n in enumerate(a.shape)])
 
     return rule
 
