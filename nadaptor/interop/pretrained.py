@@ -2,9 +2,10 @@
 
 Our names are torch's with three changes: `layer1.0` is `layer1_0`, the norm `bn1` of `conv1` is
 `conv1_norm`, and `downsample.0` and `.1` are `downsample` and `downsample_norm`, as layers and
-norms in any sequence. That covers torchvision's ResNets, VGGs and MobileNetV2, and with `shortcut`
-and `linear` for `downsample` and `fc` the CIFAR networks in circulation. Batch norm is kept;
-max-pools are mean pools in our networks, unless they are built with `pool="max"`.
+norms in any sequence. That covers torchvision's ResNets, VGGs and MobileNetV2, timm's vision
+transformers, and with `shortcut` and `linear` for `downsample` and `fc` the CIFAR networks in
+circulation. Batch norm is kept; max-pools are mean pools in our networks, unless they are built
+with `pool="max"`.
 """
 
 import re
@@ -234,7 +235,7 @@ def _torch_name(path: tuple[str, ...]) -> str:
         numbered = f"{stem}{int(numbered.removeprefix(stem)) + 1}"
     elif layer != plain:
         numbered = numbered.replace("conv", "bn")
-    return ".".join([*blocks, numbered, _LEAVES.get(path[-1], path[-1])])
+    return ".".join(filter(None, [*blocks, numbered, _LEAVES.get(path[-1], path[-1])]))
 
 
 def _numbers(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -12,6 +12,7 @@ with extra("train", "nadaptor.models"):
     from nadaptor.models.scales import SCALE_FLOOR, is_scale, project_scales, start_scales
     from nadaptor.models.threshold_activations import Qcfs, SlipRelu, Ttrbr
     from nadaptor.models.vgg import Vgg
+    from nadaptor.models.vit import Vit
 
 __all__ = [
     "MODELS",
@@ -29,6 +30,7 @@ __all__ = [
     "SlipRelu",
     "Ttrbr",
     "Vgg",
+    "Vit",
     "batch_norm",
     "convolution",
     "create",

@@ -15,6 +15,7 @@ from nadaptor.models.layers import Slot, batch_norm
 from nadaptor.models.mobilenet import MobileNetV2
 from nadaptor.models.resnet import BasicBlock, Bottleneck, ResNet
 from nadaptor.models.vgg import Head, Vgg
+from nadaptor.models.vit import Vit
 
 _LARGE = {
     "resnet18": functools.partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock),
@@ -57,6 +58,9 @@ MODELS: Mapping[str, functools.partial] = MappingProxyType(
         **_DIGITS,
         **_VGG,
         "mobilenet_v2": functools.partial(MobileNetV2),
+        "vit_tiny": functools.partial(Vit),
+        "vit_small": functools.partial(Vit, width=384, heads=6),
+        "cifar_vit": functools.partial(Vit, patch_size=4, depth=6),
     }
 )
 
@@ -78,7 +82,8 @@ def create(
             stages of 16, 32 and 64 features and padded shortcuts; `digits_resnet8` and
             `digits_resnet20` are for 8x8 images. `vgg11`, `13`, `16`, `19` have torchvision's head
             and `cifar_vgg11`, ... one dense layer, each with `_bn` or without norms; `mobilenet_v2`
-            is torchvision's.
+            is torchvision's. `vit_tiny` and `vit_small` are timm's, with patches of 16 pixels, and
+            `cifar_vit` has patches of 4 and 6 blocks.
         num_classes: size of the last dense layer.
         activation: activation slot, for example `functools.partial(Lsq, levels=2)`.
         norm: norm slot; None for the folded network.

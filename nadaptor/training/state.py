@@ -60,7 +60,7 @@ def init_state(
         variables = jax.jit(lambda v, x, k: start_scales(model, v, x, k, train=True))(
             pretrained, images, key
         )
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     # A copy: the step donates the state, and one buffer cannot be given away twice.
     average = jax.tree.map(jnp.copy, params) if averaged else None
     return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), average)

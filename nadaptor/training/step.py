@@ -132,7 +132,7 @@ def _gradients(
             losses = optax.softmax_cross_entropy(logits, targets)
         else:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), (logits, updated["batch_stats"])
+        return losses.mean(), (logits, updated.get("batch_stats", {}))
 
     (loss, (logits, updated)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
     return grads, updated, Metrics(loss, (logits.argmax(-1) == labels).mean())

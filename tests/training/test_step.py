@@ -59,6 +59,16 @@ def test_only_the_noise_adaptor_depends_on_the_key_and_on_the_step(batch):
         assert (step(later, *batch, jax.random.key(1))[1].loss != loss) == depends
 
 
+def test_a_network_without_batch_norm_learns_a_batch_with_the_noise_on(batch):
+    step, state = start(small("digits_na", model="cifar_vit", width=12, warmup_steps=0), batch)
+    assert state.batch_stats == {}
+    step, losses = jax.jit(step), []
+    for _ in range(5):
+        state, metrics = step(state, *batch, jax.random.key(1))
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0]
+
+
 def test_the_optimizer_is_sgd_with_momentum_decay_of_everything_and_a_cosine():
     rate, decay, momentum, total = 0.1, 0.01, 0.9, 4
     config = small("digits_na", learning_rate=rate, weight_decay=decay, momentum=momentum)
