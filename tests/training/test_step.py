@@ -12,7 +12,7 @@ from nadaptor.configs.named import get_config
 from nadaptor.data.loader import load_images
 from nadaptor.data.registry import batch_indices, open_source
 from nadaptor.data.source import Split
-from nadaptor.models import SCALE_FLOOR, is_scale
+from nadaptor.models import SCALE_FLOOR, NoiseAdaptor, create, is_scale
 from nadaptor.training.state import init_state
 from nadaptor.training.step import train_step
 
@@ -60,9 +60,14 @@ def test_only_the_noise_adaptor_depends_on_the_key_and_on_the_step(batch):
 
 
 def test_a_network_without_batch_norm_learns_a_batch_with_the_noise_on(batch):
-    step, state = start(small("digits_na", model="cifar_vit", width=12, warmup_steps=0), batch)
+    config = get_config("digits_na")
+    noisy = functools.partial(NoiseAdaptor, levels=2)
+    model = create("cifar_vit", 10, width=12, depth=1, activation=noisy)
+    optimizer = build_optimizer(config, 10)
+    state = init_state(model, optimizer, batch.images, jax.random.key(0))
     assert state.batch_stats == {}
-    step, losses = jax.jit(step), []
+    step = jax.jit(functools.partial(train_step, model, optimizer, config=config.step))
+    losses = []
     for _ in range(5):
         state, metrics = step(state, *batch, jax.random.key(1))
         losses.append(float(metrics.loss))
