@@ -1,10 +1,13 @@
 """What a run costs, before it is started: parameters, memory, and the time of a step."""
 
 import contextlib
+import os
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from nadaptor.configs.config import Config, check_config
 from nadaptor.data.registry import open_split
@@ -12,7 +15,7 @@ from nadaptor.data.source import Source
 from nadaptor.data.stand_in import stand_in
 from nadaptor.parallel import start_processes
 from nadaptor.training.options import Options
-from nadaptor.training.run import first_state, open_run
+from nadaptor.training.run import open_run, state_shape
 
 STEPS = 3
 MIB = 2**20
@@ -24,15 +27,16 @@ class Cost(NamedTuple):
     parameters: int
     temporary_bytes: int | None  # of a step on one device; None where the compiler does not say
     compile_seconds: float
-    step_seconds: float
+    step_seconds: float | None  # None where a step does not fit into the memory
     total_steps: int
 
 
 def dry_run(config: Config, options: Options) -> Cost:
     """Compiles the step of a run, does a few, and prints what they cost; trains and writes nothing.
 
-    The weights are random: those that the run would start from are not needed. Nor is a data set
-    whose size is known, as ImageNet's: where it is not there, the images are made up.
+    All weights are 1: those that the run would start from are not needed. Nor is a data set whose
+    size is known, as ImageNet's: where it is not there, the images are made up. Where a step does
+    not fit into the memory, the rest is printed all the same: a laptop says what a pod would do.
 
     Args:
         config: the run.
@@ -46,26 +50,42 @@ def dry_run(config: Config, options: Options) -> Cost:
     """
     start_processes(options.coordinator, options.num_processes, options.process_id)
     run = open_run(config, options, _made_up(config, options))
-    placed = run.placed
-    state = placed.replicate(first_state(run, None))
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    placed, shapes = run.placed, state_shape(run)
+    parameters = sum(x.size for x in jax.tree.leaves(shapes.params))
     with contextlib.closing(run.batches()) as stream:
         batch = next(stream)
-    images, labels, key = placed.put(batch.images), placed.put(batch.labels), run.keys.steps
-    key = placed.replicate(key)
+    key = placed.replicate(run.keys.steps)
+    inputs = placed.put(batch.images), placed.put(batch.labels), key
     started = time.perf_counter()
-    compiled = placed.step.lower(state, images, labels, key).compile()
+    compiled = placed.step.lower(shapes, *inputs).compile()
     compile_seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    state, _ = jax.block_until_ready(placed.step(state, images, labels, key))
-    started = time.perf_counter()
-    for _ in range(STEPS):
-        state, _ = jax.block_until_ready(placed.step(state, images, labels, key))
-    seconds = (time.perf_counter() - started) / STEPS
-    temporary = getattr(memory, "temp_size_in_bytes", None)
+    temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
+    seconds = None
+    if run.devices.local[0].platform != "cpu" or (temporary or 0) < _host_bytes():
+        state = placed.replicate(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
+        seconds = _step_seconds(compiled, state, inputs)
     cost = Cost(parameters, temporary, compile_seconds, seconds, run.total_steps)
     print(_report(cost, config.step.batch_size, run.devices.total))
     return cost
+
+
+def _host_bytes() -> int:
+    """The memory of this machine: a process that takes more is killed, and says nothing."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _step_seconds(step: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> float | None:
+    """The mean time of some steps after a first one; None where the memory does not do."""
+    try:
+        state, _ = jax.block_until_ready(step(state, *inputs))
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            state, _ = jax.block_until_ready(step(state, *inputs))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+    return (time.perf_counter() - started) / STEPS
 
 
 def _made_up(config: Config, options: Options) -> Source | None:
@@ -83,11 +103,17 @@ def _made_up(config: Config, options: Options) -> Source | None:
 
 def _report(cost: Cost, batch_size: int, num_devices: int) -> str:
     memory = "unknown" if cost.temporary_bytes is None else f"{cost.temporary_bytes / MIB:.0f} MiB"
-    hours = cost.step_seconds * cost.total_steps / 3600
-    return (
+    known = (
         f"parameters {cost.parameters}\n"
         f"memory {memory} a device beside the state, {num_devices} devices\n"
         f"compilation {cost.compile_seconds:.1f} s\n"
-        f"step {1000 * cost.step_seconds:.1f} ms, {batch_size / cost.step_seconds:.0f} images/s\n"
+    )
+    if cost.step_seconds is None:
+        why = "it does not fit into the memory here"
+        return f"{known}step unknown: {why}; {cost.total_steps} steps"
+    hours = cost.step_seconds * cost.total_steps / 3600
+    return (
+        f"{known}step {1000 * cost.step_seconds:.1f} ms, "
+        f"{batch_size / cost.step_seconds:.0f} images/s\n"
         f"{cost.total_steps} steps would take {hours:.2f} hours"
     )

@@ -117,6 +117,14 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_nothing(small, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_of_what_does_not_fit_here_says_all_but_the_time(small, monkeypatch, capsys):
+    monkeypatch.setattr("nadaptor.training.dry_run._host_bytes", lambda: 0)
+    cost = dry_run(small, DEFAULT)
+    assert cost.step_seconds is None
+    assert cost.temporary_bytes > 0
+    assert "step unknown: it does not fit into the memory here; 8 steps" in capsys.readouterr().out
+
+
 def test_a_dry_run_of_imagenet_needs_no_data_set(tmp_path, capsys):
     small = {"model": "resnet18", "width": 2, "image_size": 32, "batch_size": 4, "parent": None}
     config = replace(get_config("imagenet_resnet50_na_p3"), epochs=2, **small)
