@@ -5,7 +5,7 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3 python,$(shell $(p) -c '$(USABLE)' >/dev/null 2>&1 && echo $(p))))
 BIN := .venv/bin
 
-.PHONY: .venv demo test test-quick test-torch docs drills lint lock clean
+.PHONY: .venv demo test test-quick test-torch docs results drills lint lock clean
 
 demo: .venv
 	$(BIN)/python -m nadaptor.demo $(ARGS)
@@ -25,10 +25,14 @@ test-torch: .venv-torch/.installed
 
 # The site in build/site; a warning is an error.
 docs: .venv/.docs
-	$(BIN)/python -m sphinx -c docs . build/site --fail-on-warning --keep-going -q
+	$(BIN)/python -m sphinx -E -c docs . build/site --fail-on-warning --keep-going -q
 
 .venv/.docs: requirements-docs.txt .venv/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt && touch $@
+
+# The tables of the result files, put into the pages.
+results: .venv
+	$(BIN)/python docs/results.py
 
 # Hours: it goes on where it was stopped. NADAPTOR_MUTATIONS is how many files of each layout.
 drills: .venv

@@ -37,7 +37,10 @@ PAGES = {
         "docs/command_line", "docs/imagenet", "docs/paper_scale",
     ),
     "How it works": ("docs/transformations", "docs/methods", "docs/design", "docs/glossary"),
-    "Results": ("RESULTS", "docs/results/paper"),
+    "Results": (
+        "RESULTS", "docs/results/paper", "docs/results/fit", "docs/results/cifar10_cpu",
+        "docs/results/digits", "docs/results/speed",
+    ),
     "Reference": ("docs/api", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
 

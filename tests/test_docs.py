@@ -83,6 +83,21 @@ def test_the_commands_of_the_pages_have_the_options_that_they_are_given():
         assert given <= options_of(command)
 
 
+def load(name):
+    """A program of the docs as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_results_are_those_of_their_files():
+    pages = load("results")
+    assert sum(page.read_text().count("<!-- from ") for page in pages.PAGES) > 10
+    for page in pages.PAGES:
+        assert page.read_text() == pages.refreshed(page.read_text()), "run make results"
+
+
 def test_every_public_name_is_in_the_list_of_the_api():
     listed = re.findall(r"^\| `(nadaptor[\w.]*)\.(\w+)` \| \S", API, re.MULTILINE)
     missing = set(nadaptor.__all__) - {name for module, name in listed if module == "nadaptor"}
@@ -91,9 +106,6 @@ def test_every_public_name_is_in_the_list_of_the_api():
 
 
 def test_the_list_of_the_api_has_a_row_for_each_public_name():
-    spec = importlib.util.spec_from_file_location("docs_api", ROOT / "docs" / "api.py")
-    api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(api)
-    rows = api.page().splitlines()
+    rows = load("api").page().splitlines()
     assert sum(row.startswith("| `nadaptor.") for row in rows) >= len(nadaptor.__all__)
     assert [row for row in rows if row.endswith("|  |")] == []
