@@ -1,6 +1,7 @@
 """Plain ReLU networks, unchanged, through the whole recipe to spikes in both codings."""
 
 import functools
+import os
 
 import equinox as eqx
 import flax.linen as nn
@@ -92,7 +93,22 @@ def haiku(key, x):
     return pure.apply, pure.init(key, x)
 
 
-FRAMEWORKS = {"linen": linen, "nnx": nnx_, "equinox": equinox, "haiku": haiku}
+def keras_(key, x):
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+
+    keras.utils.set_random_seed(0)
+    images = keras.Input(x.shape[1:])
+    y = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(images)
+    y = keras.layers.MaxPooling2D(2)(y)
+    y = keras.layers.ReLU()(keras.layers.Conv2D(6, 3, padding="same")(y))
+    y = keras.layers.Dense(8, activation="relu")(keras.layers.Flatten()(y))
+    model = keras.Model(images, keras.layers.Dense(CLASSES)(y))
+    variables = [v.value for v in model.trainable_variables]
+    return lambda variables, x: model.stateless_call(variables, [], x)[0], variables
+
+
+FRAMEWORKS = {"linen": linen, "nnx": nnx_, "equinox": equinox, "haiku": haiku, "keras": keras_}
 
 
 def train(logits, params, labels, key, rate):
