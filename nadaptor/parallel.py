@@ -23,6 +23,8 @@ from nadaptor.errors import PassingError
 
 AXIS = "batch"
 Parallel = Literal["pmap", "shard_map"]
+# Of one process; None and "auto" leave the choice to `choose_devices`.
+NumDevices = int | Literal["auto"] | None
 # Of `step(state, images, labels, key)`: which arguments each device gets its part of.
 STEP = (False, True, True, False)
 
@@ -43,6 +45,11 @@ class Devices(NamedTuple):
     def axis_name(self) -> str | None:
         """The mapped axis to build a network with; None on one device."""
         return AXIS if self.total > 1 else None
+
+    def __str__(self) -> str:
+        """In words, such as "2 CPU devices"."""
+        kind = self.local[0].platform.upper()
+        return f"{self.total} {kind} device{'s' if self.total > 1 else ''}"
 
     @property
     def in_flight(self) -> int:
@@ -202,19 +209,26 @@ def _brief(value: Any) -> str:
     return text if len(text) <= _SHOWN else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def choose_devices(num_local: int | None) -> Devices:
+def choose_devices(num_local: NumDevices, divided: int = 1, before: int | None = None) -> Devices:
     """Returns the devices to run on.
 
     Args:
-        num_local: devices of this process; None for all of them, or, where one process has only a
-            CPU, for one: virtual devices share the same cores.
+        num_local: devices of this process; None and "auto" for all of them, or, where one process
+            has only a CPU, for one (None) or as many as divide the images ("auto").
+        divided: images of a batch or micro-batch.
+        before: CPU devices on which the run began, which it keeps where the number is not given.
 
     Raises:
         ValueError: there are fewer, or there are several processes and it is not all.
     """
     local, processes = jax.local_devices(), jax.process_count()
-    if num_local is None:
-        num_local = 1 if local[0].platform == "cpu" and processes == 1 else len(local)
+    if num_local in (None, "auto"):
+        one_cpu, most = local[0].platform == "cpu" and processes == 1, num_local == "auto"
+        num_local = len(local)
+        if one_cpu and before and before <= len(local) and divided % before == 0:
+            num_local = before
+        elif one_cpu:
+            num_local = _largest_divisor(divided, len(local)) if most else 1
     if processes > 1 and num_local != len(local):
         raise ValueError(f"num_devices must be {len(local)}, all of each process, not {num_local}")
     if check_count(num_local, "num_devices") > len(local):
@@ -223,6 +237,10 @@ def choose_devices(num_local: int | None) -> Devices:
             f"XLA_FLAGS=--xla_force_host_platform_device_count={num_local} makes virtual ones"
         )
     return Devices(tuple(local[:num_local]), jax.process_index(), processes)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(n for n in range(1, limit + 1) if number % n == 0)
 
 
 def check_batch(batch_size: int, micro_batches: int, devices: Devices) -> None:

@@ -136,6 +136,24 @@ def test_devices_that_are_not_there_are_refused_with_the_remedy():
         choose_devices(99)
 
 
+@pytest.mark.parametrize(("images", "count"), [(64, 8), (12, 6), (9, 3), (11, 1), (1, 1), (7, 7)])
+def test_auto_is_the_largest_number_of_cpus_that_divides_the_images(images, count):
+    assert choose_devices("auto", images).total == count
+    assert choose_devices(None, images).total == 1
+
+
+def test_a_run_keeps_the_cpus_that_it_began_on_where_they_are_there_and_none_are_asked_for():
+    assert choose_devices("auto", 16, before=2).total == 2
+    assert choose_devices(None, 16, before=2).total == 2
+    assert choose_devices(1, 16, before=2).total == 1
+    assert choose_devices("auto", 16, before=3).total == 8
+    assert choose_devices("auto", 99, before=99).total == 3
+
+
+def test_devices_are_said_in_words():
+    assert [str(choose_devices(n)) for n in (1, 2)] == ["1 CPU device", "2 CPU devices"]
+
+
 def test_a_process_alone_needs_no_others_and_half_an_address_is_refused():
     assert start_processes(None, None, None) is None
     with pytest.raises(ValueError, match="go together"):

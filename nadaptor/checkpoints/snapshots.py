@@ -7,6 +7,7 @@ renames a finished snapshot into its place. The state is replicated: it is saved
 process 0 writes it, and all processes meet at Orbax's barriers.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -226,20 +227,14 @@ class Snapshots:
             rows |= {row.get("step"): row.get(METRIC) or 0.0 for row in measured}
         return max((s for s in steps if s in rows), key=lambda s: (rows[s], s), default=None)
 
-    def _read_json(self, step: int) -> dict[str, Any]:
-        try:
-            return unseal(json.loads((self._folder / str(step) / "card/metadata").read_bytes()))
-        except (OSError, RecursionError, ValueError) as error:
-            raise DamagedError(f"its card cannot be read: {_line(error)}") from error
-
     def _read_card(self, step: int) -> Card:
-        return fields_of(Card, self._read_json(step))
+        return fields_of(Card, read_card(self._folder / str(step)))
 
     def _restore(self, step: int, like: Any) -> Snapshot:
         import orbax.checkpoint as ocp
         from etils import epath
 
-        full, card = self._read_json(step), self._read_card(step)
+        full, card = read_card(self._folder / str(step)), self._read_card(step)
         _check_same(_today(card.config), self._card.get("config", {}), self._folder)
         _check_same(card.data, self._card.get("data", {}), self._folder)
         try:
@@ -274,6 +269,31 @@ class Snapshots:
 
             multihost_utils.sync_global_devices(f"damaged {step}")
         self._manager.reload()
+
+
+def setting_of(folder: Path) -> dict[str, Any]:
+    """Returns what the newest snapshot says of where its run ran; empty where none says it.
+
+    Args:
+        folder: of the snapshots, which need not be there.
+    """
+    for path in sorted(folder.glob("[0-9]*"), key=lambda p: (len(p.name), p.name), reverse=True):
+        with contextlib.suppress(DamagedError):
+            setting = read_card(path).get("setting")
+            return setting if isinstance(setting, dict) else {}
+    return {}
+
+
+def read_card(snapshot: Path) -> dict[str, Any]:
+    """Reads a snapshot's card, as JSON gives it.
+
+    Raises:
+        DamagedError: it is not there, or not what was written.
+    """
+    try:
+        return unseal(json.loads((snapshot / "card/metadata").read_bytes()))
+    except (OSError, RecursionError, ValueError) as error:
+        raise DamagedError(f"its card cannot be read: {_line(error)}") from error
 
 
 def check_finite(state: Any, step: int) -> None:

@@ -11,6 +11,7 @@ import jax
 
 from nadaptor._checks import check_local, check_name
 from nadaptor.cli.failures import end
+from nadaptor.parallel import NumDevices
 
 T = TypeVar("T")
 
@@ -39,15 +40,32 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
         end(error)
 
 
-def use_every_core() -> None:
-    """Gives jax a CPU device for each core, where XLA_FLAGS do not say how many.
+def use_every_core() -> bool:
+    """Gives jax a CPU device for each core, where the user does not say how many.
 
-    XLA does not share operations as small as a simulator's among cores; a device for each simulates
+    XLA shares small operations among cores badly or not at all; a device for each core computes
     images of its own. Call it before jax is first used.
+
+    Returns:
+        Whether it did; the user says it by XLA_FLAGS or JAX_NUM_CPU_DEVICES.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
+    said = "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ
+    if not said:
         jax.config.update("jax_num_cpu_devices", _cores())
+    return not said
+
+
+def spread_over_cores(num_devices: NumDevices) -> NumDevices:
+    """Has a command train on every core; call it before jax is first used.
+
+    Args:
+        num_devices: what the user asked for.
+
+    Returns:
+        "auto" where the user asked for nothing, and jax has a CPU device for each core.
+    """
+    return "auto" if use_every_core() and num_devices is None else num_devices
 
 
 def program(command: str) -> str:

@@ -1,11 +1,14 @@
 """`nadaptor demo`: the digits ResNet with and without the noise adaptor, in one table."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import tyro
 
-from nadaptor.cli.command import program, use_every_core
+from nadaptor.cli.command import program, spread_over_cores
+from nadaptor.parallel import NumDevices
 from nadaptor.studies.demo import demo
+from nadaptor.training.options import Options
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -17,5 +20,24 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: as `demo`.
     """
-    use_every_core()
-    tyro.cli(demo, prog=program("demo"), args=list(arguments))
+    tyro.cli(demo_command, prog=program("demo"), args=list(arguments))
+
+
+def demo_command(
+    seeds: int = 3,
+    workdir: Path = Path("runs/demo"),
+    out: Path | None = None,
+    num_devices: NumDevices = None,
+) -> None:
+    """Trains, converts and simulates the digits ResNet with and without the noise adaptor.
+
+    Prints one table of test accuracies, and saves it with the plot over all time steps.
+
+    Args:
+        seeds: Number of seeds, at least 2.
+        workdir: Folder of the runs. What is there from an earlier demo is not trained again.
+        out: Folder for table.csv, report.json and accuracy.png; by default "results" in workdir.
+        num_devices: Devices to train on; by default all accelerators, or as many CPU devices, one
+            per core, as divide the batch.
+    """
+    demo(seeds, workdir, out, Options(num_devices=spread_over_cores(num_devices)))

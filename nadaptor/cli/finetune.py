@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from nadaptor.cli.command import program
+from nadaptor.cli.command import program, spread_over_cores
+from nadaptor.parallel import NumDevices
 from nadaptor.training.finetuning import FineTuning, digits_na_finetuned, fine_tune
 
 DEFAULT = digits_na_finetuned()
@@ -30,6 +31,7 @@ def finetune_command(
     tuning: Annotated[FineTuning, tyro.conf.arg(name="")] = DEFAULT,
     data_dir: Path | None = None,
     out: Path | None = None,
+    num_devices: NumDevices = None,
 ) -> None:
     """Trains the folded weights and thresholds on what the network does in its first T steps.
 
@@ -38,6 +40,8 @@ def finetune_command(
         tuning: The run.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         out: Folder to make; by default "snn-finetuned" beside the checkpoint.
+        num_devices: Devices to train on; by default all accelerators, or as many CPU devices, one
+            per core, as divide the batch.
     """
     out = checkpoint.parent / "snn-finetuned" if out is None else out
-    fine_tune(checkpoint, out, tuning, data_dir)
+    fine_tune(checkpoint, out, tuning, data_dir, spread_over_cores(num_devices))

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nadaptor.cli.command import changed, parse_named, program, refuse_idle, use_every_core
+from nadaptor.cli.command import changed, parse_named, program, refuse_idle, spread_over_cores
 from nadaptor.configs.inference import TWO_STAGES
 from nadaptor.studies.named import STUDIES
 from nadaptor.studies.study import FIXED_LEVELS, Study, run_study
@@ -36,7 +36,6 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: as `run_study`, there is no study of that name, or an option would do nothing.
     """
-    use_every_core()
     asked = parse_named(
         {name: _command(name, make) for name, make in STUDIES.items()},
         "study",
@@ -45,7 +44,9 @@ def main(arguments: Sequence[str]) -> None:
         description=f"{__doc__}\nFor example: {program('study')} digits --seeds 3",
     )
     _refuse_idle(asked, STUDIES[arguments[0]]())
-    cells = run_study(asked.study, asked.workdir, asked.options)
+    count = spread_over_cores(asked.options.num_devices)
+    options = dataclasses.replace(asked.options, num_devices=count)
+    cells = run_study(asked.study, asked.workdir, options)
     write_study(asked.study, cells, asked.workdir / "results" if asked.out is None else asked.out)
 
 

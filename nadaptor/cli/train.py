@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nadaptor.cli.command import changed, parse_named, program, refuse_idle
+from nadaptor.cli.command import changed, parse_named, program, refuse_idle, spread_over_cores
 from nadaptor.configs.config import Config
 from nadaptor.configs.named import CONFIGS
 from nadaptor.models.config import ACTIVATIONS
@@ -44,6 +44,11 @@ def main(arguments: Sequence[str]) -> None:
         _commands(), "config", arguments, command="train", description=known, more=models
     )
     _refuse_idle(asked, CONFIGS[arguments[0]]())
+    # Each of several processes has the devices that it is given.
+    if asked.options.coordinator is None:
+        count = spread_over_cores(asked.options.num_devices)
+        options = dataclasses.replace(asked.options, num_devices=count)
+        asked = dataclasses.replace(asked, options=options)
     train_command(asked)
 
 

@@ -17,6 +17,7 @@ from nadaptor.checkpoints.checkpoint import versions
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown
 from nadaptor.studies.study import Method, Study, run_study
+from nadaptor.training.options import DEFAULT, Options
 
 ROWS: Mapping[Method, str] = {"lsq": "without", "noise_adaptor": "with"}
 STUDY = Study(
@@ -24,7 +25,12 @@ STUDY = Study(
 )
 
 
-def demo(seeds: int = 3, workdir: Path = Path("runs/demo"), out: Path | None = None) -> None:
+def demo(
+    seeds: int = 3,
+    workdir: Path = Path("runs/demo"),
+    out: Path | None = None,
+    options: Options = DEFAULT,
+) -> None:
     """Trains, converts and simulates the digits ResNet with and without the noise adaptor.
 
     Prints one table of test accuracies, and saves it with the plot over all time steps.
@@ -33,26 +39,29 @@ def demo(seeds: int = 3, workdir: Path = Path("runs/demo"), out: Path | None = N
         seeds: Number of seeds, at least 2.
         workdir: Folder of the runs. What is there from an earlier demo is not trained again.
         out: Folder for table.csv, report.json and accuracy.png; by default "results" in workdir.
+        options: Where to read and run.
 
     Raises:
         ValueError: there are fewer than 2 seeds.
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2, for a deviation, not {seeds!r}")
-    run_demo(dataclasses.replace(STUDY, seeds=seeds), workdir, out or workdir / "results")
+    study = dataclasses.replace(STUDY, seeds=seeds)
+    run_demo(study, workdir, out or workdir / "results", options)
 
 
-def run_demo(study: Study, workdir: Path, out: Path) -> None:
+def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT) -> None:
     """Runs the demo's study and writes its table, report and plot; see `demo`.
 
     Args:
         study: `STUDY`, or one with other sizes; its methods are those of `ROWS`.
         workdir: folder of the runs.
         out: folder for the files.
+        options: where to read and run.
     """
     started = time.perf_counter()
     reports: dict[str, list[Mapping[str, Any]]] = {row: [] for row in ROWS.values()}
-    for cell, measured in run_study(study, workdir).items():
+    for cell, measured in run_study(study, workdir, options).items():
         reports[ROWS[cell.network.method]].append(measured)
     table = [
         {"noise adaptor": row, **summarise(of_row, study.reported_steps)}

@@ -13,7 +13,7 @@ from nadaptor.configs.config import Config, check_config
 from nadaptor.data.registry import open_split
 from nadaptor.data.source import Source
 from nadaptor.data.stand_in import stand_in
-from nadaptor.parallel import start_processes
+from nadaptor.parallel import Devices, start_processes
 from nadaptor.training.options import Options
 from nadaptor.training.run import open_run, state_shape
 
@@ -65,7 +65,7 @@ def dry_run(config: Config, options: Options) -> Cost:
         state = placed.replicate(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
         seconds = _step_seconds(compiled, state, inputs)
     cost = Cost(parameters, temporary, compile_seconds, seconds, run.total_steps)
-    print(_report(cost, config.step.batch_size, run.devices.total))
+    print(_report(cost, config.step.batch_size, run.devices))
     return cost
 
 
@@ -101,11 +101,11 @@ def _made_up(config: Config, options: Options) -> Source | None:
     return None
 
 
-def _report(cost: Cost, batch_size: int, num_devices: int) -> str:
+def _report(cost: Cost, batch_size: int, devices: Devices) -> str:
     memory = "unknown" if cost.temporary_bytes is None else f"{cost.temporary_bytes / MIB:.0f} MiB"
     known = (
         f"parameters {cost.parameters}\n"
-        f"memory {memory} a device beside the state, {num_devices} devices\n"
+        f"memory {memory} a device beside the state, {devices}\n"
         f"compilation {cost.compile_seconds:.1f} s\n"
     )
     if cost.step_seconds is None:

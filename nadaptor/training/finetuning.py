@@ -28,6 +28,7 @@ from nadaptor.data.source import Spec, normalize
 from nadaptor.errors import RunError
 from nadaptor.models import project_scales
 from nadaptor.neurons import rectangle
+from nadaptor.parallel import NumDevices, check_batch, choose_devices, place_step
 
 NEURON = IntegrateAndFire(surrogate=rectangle)
 
@@ -62,7 +63,11 @@ def digits_na_finetuned() -> FineTuning:
 
 @making("out")
 def fine_tune(
-    source: Path, out: Path, tuning: FineTuning, data_dir: Path | None = None
+    source: Path,
+    out: Path,
+    tuning: FineTuning,
+    data_dir: Path | None = None,
+    num_devices: NumDevices = None,
 ) -> list[float]:
     """Trains a converted network through its first T time steps, and writes the result.
 
@@ -71,13 +76,15 @@ def fine_tune(
         out: folder to make; `load_snn` and `simulate_checkpoint` read it.
         tuning: the run.
         data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
+        num_devices: to train on; see `nadaptor.parallel.choose_devices`.
 
     Returns:
         The mean loss of each epoch.
 
     Raises:
-        ValueError: there is no such checkpoint, a count is not a positive int, `out` exists, or the
-            data set's classes or files are not those that the network was trained on.
+        ValueError: there is no such checkpoint, a count is not a positive int, the batch does not
+            divide among the devices, `out` exists, or the data set's classes or files are not those
+            that the network was trained on.
         RunError: the loss is not finite; nothing is written.
     """
     if out.exists():
@@ -86,37 +93,35 @@ def fine_tune(
     parent = load_card(source, "snn")
     images = open_split(config.data, "train", data_dir, known=parent.get("data"))
     size = check_count(tuning.batch_size, "batch_size")
+    devices = choose_devices(num_devices, size)
+    check_batch(size, 1, devices)
     epoch_steps = steps_per_epoch(images.size, size)
     total = check_count(tuning.epochs, "epochs") * epoch_steps
     schedule = optax.cosine_decay_schedule(tuning.learning_rate, total)
     optimizer = optax.sgd(schedule, momentum=tuning.momentum)
     params = jax.tree.map(jnp.asarray, variables["params"])
-    opt_state = optimizer.init(params)
-    update = jax.jit(
-        functools.partial(
-            _update, model, optimizer, check_count(tuning.num_steps, "num_steps"), images.spec
-        ),
-        donate_argnums=(0, 1),
-    )
-    losses = []
+    num_steps = check_count(tuning.num_steps, "num_steps")
+    update = functools.partial(_update, model, optimizer, num_steps, images.spec, devices.axis_name)
+    placed = place_step(update, devices, "pmap", (False, True, True))
+    state, losses = placed.replicate((params, optimizer.init(params))), []
+    print(f"fine-tunes in {total} steps on {devices}")
     stream = batches(images, "none", tuning.seed, size, stop_step=total)
     with contextlib.closing(stream):
         for batch in stream:
-            params, opt_state, loss = update(params, opt_state, batch.images, batch.labels)
+            state, loss = placed.step(state, placed.put(batch.images), placed.put(batch.labels))
             losses.append(float(loss))
             if not jnp.isfinite(loss):
                 raise RunError(f"the loss is {loss} at step {batch.step}; lower the learning rate")
-    means = [
-        sum(losses[i : i + epoch_steps]) / epoch_steps for i in range(0, total, epoch_steps)
-    ]
+    means = [sum(losses[i : i + epoch_steps]) / epoch_steps for i in range(0, total, epoch_steps)]
     card = {
         "config": to_json(config),
         "parent": parent["card_digest"],
         "data": parent.get("data"),
         "fine_tuning": dataclasses.asdict(tuning),
+        "devices": devices.total,
         "losses": means,
     }
-    save_checkpoint(out, "snn", {"params": params}, card)
+    save_checkpoint(out, "snn", {"params": jax.device_get(state[0])}, card)
     print(f"loss {means[0]:.4f} in the first epoch, {means[-1]:.4f} in the last")
     print(f"spiking network: {out}")
     return means
@@ -160,13 +165,17 @@ def _update(
     optimizer: optax.GradientTransformation,
     num_steps: int,
     spec: Spec,
-    params: Any,
-    opt_state: Any,
+    axis_name: str | None,
+    state: tuple[Any, Any],
     images: jax.Array,
     labels: jax.Array,
-) -> tuple[Any, Any, jax.Array]:
+) -> tuple[tuple[Any, Any], jax.Array]:
+    """One update of (parameters, the optimizer's state), and the loss before it."""
+    params, opt_state = state
     loss, grads = jax.value_and_grad(
         lambda params: time_loss(model, params, normalize(images, spec), labels, num_steps)
     )(params)
+    if axis_name is not None:
+        loss, grads = jax.lax.pmean((loss, grads), axis_name)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return project_scales(optax.apply_updates(params, updates)), opt_state, loss
+    return (project_scales(optax.apply_updates(params, updates)), opt_state), loss

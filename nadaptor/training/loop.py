@@ -14,7 +14,7 @@ from nadaptor._checks import check_local
 from nadaptor._files import hold
 from nadaptor.checkpoints.card import first_difference
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint, versions
-from nadaptor.checkpoints.snapshots import Snapshot, Snapshots
+from nadaptor.checkpoints.snapshots import Snapshot, Snapshots, setting_of
 from nadaptor.configs.config import Config, from_json, to_json
 from nadaptor.configs.named import INHERITED, parent_of
 from nadaptor.data.registry import open_split
@@ -157,9 +157,9 @@ def fit(
 
 def _train(config: Config, workdir: Path, options: Options, deadline: Deadline) -> Path:
     # Bad input shows before the parent is trained and a folder is made.
-    run = open_run(config, options)
-    parent_of(config)
     folder = workdir / config.name
+    run = open_run(config, options, before=_devices_before(folder))
+    parent_of(config)
     agree(_asked(run))
     # The processes of a run share the lock of the first.
     locked = hold(folder) if run.devices.process_index == 0 else contextlib.nullcontext()
@@ -183,7 +183,7 @@ def _go_on(run: Run, workdir: Path, folder: Path, deadline: Deadline) -> Path:
             print(f"{config.name}: {_where_it_starts(run, start, said)}")
         variables, metrics = fit(run, folder, snapshots, start, deadline)
     if run.devices.process_index == 0:
-        card = {**run.card, "parent": start.card.get("parent"), "metrics": metrics}
+        card = {**said, "parent": start.card.get("parent"), "metrics": metrics}
         save_checkpoint(checkpoint, "ann", variables, card)
         print(f"{config.name}: validation accuracy {percent(metrics['validation_accuracy'])}")
     return checkpoint
@@ -201,6 +201,14 @@ def _setting(run: Run) -> dict[str, Any]:
     }
 
 
+def _devices_before(folder: Path) -> int | None:
+    """The CPU devices of one process on which a run began; None where there is no such run."""
+    setting = setting_of(folder / "snapshots")
+    one_cpu = (setting.get("platform"), setting.get("processes")) == ("cpu", 1)
+    count = setting.get("devices") if one_cpu else None
+    return count if isinstance(count, int) and count > 0 else None
+
+
 def _asked(run: Run) -> dict[str, Any]:
     """What all processes of a run must be asked for alike."""
     options = {
@@ -215,10 +223,11 @@ def _asked(run: Run) -> dict[str, Any]:
 def _where_it_starts(run: Run, start: Snapshot, said: Mapping[str, Any]) -> str:
     """From which step a run goes on, and what there differs from the place it comes from."""
     if not start.step:
-        return f"starts at step 0 of {run.total_steps}, because there is no snapshot"
+        where = f"step 0 of {run.total_steps} on {run.devices}"
+        return f"starts at {where}, because there is no snapshot"
     before, now = start.card.get("setting", {}), said["setting"]
     other = [f"{k} {before[k]}, not {now.get(k)}" for k in before if before[k] != now.get(k)]
-    line = f"resumed at step {start.step} of {run.total_steps}"
+    line = f"resumed at step {start.step} of {run.total_steps} on {run.devices}"
     if other:
         line += f"; it was with {', '.join(other)}: the last bits of the result may be others"
     return line

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from nadaptor.errors import OutOfTimeError
+from nadaptor.parallel import NumDevices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,10 @@ class Options:
     # program; by default on accelerators, where the images lie in memory and the host crops none.
     # On CPU the steps are slower so.
     resident: bool | None = None
-    # Devices of this process; by default all accelerators, or one CPU.
-    num_devices: int | None = None
+    # Devices of this process; by default all accelerators. "auto": on a CPU as many of jax's
+    # devices as divide the batch, or those on which the run began. It is what the commands choose,
+    # with a CPU device per core, unless XLA_FLAGS say how many there are; otherwise one CPU.
+    num_devices: NumDevices = None
     # HOST:PORT of process 0 of several, or "auto" on TPU pods and under SLURM.
     coordinator: str | None = None
     # Processes of the run.

@@ -66,9 +66,7 @@ class Run(NamedTuple):
     def part(self) -> slice:
         """Which images of a batch are this process's."""
         devices = self.devices
-        return part_of(
-            self.config.step.batch_size, devices.process_index, devices.process_count
-        )
+        return part_of(self.config.step.batch_size, devices.process_index, devices.process_count)
 
     def batches(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """Yields this process's part of the batches from a step on; close it to end its threads."""
@@ -103,13 +101,16 @@ class Run(NamedTuple):
         return {"config": to_json(self.config), "data": data}
 
 
-def open_run(config: Config, options: Options, images: Source | None = None) -> Run:
+def open_run(
+    config: Config, options: Options, images: Source | None = None, before: int | None = None
+) -> Run:
     """Checks a config, opens what its run reads, and builds what it computes.
 
     Args:
         config: the run.
         options: where to read and run.
         images: to train and validate on; None for the config's.
+        before: CPU devices on which the run began; see `nadaptor.parallel.choose_devices`.
 
     Raises:
         ValueError: a value is out of its range, a name unknown, the data set not there, the batch
@@ -119,8 +120,9 @@ def open_run(config: Config, options: Options, images: Source | None = None) -> 
     check_count(options.keep, "keep")
     if options.snapshot_steps is not None:
         check_count(options.snapshot_steps, "snapshot_steps")
-    devices = choose_devices(options.num_devices)
-    check_batch(config.step.batch_size, config.step.micro_batches, devices)
+    size, parts = config.step.batch_size, config.step.micro_batches
+    devices = choose_devices(options.num_devices, max(1, size // parts), before)
+    check_batch(size, parts, devices)
     validation = images
     if images is None or validation is None:
         images, validation = (

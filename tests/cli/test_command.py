@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from nadaptor.cli import main as console
-from nadaptor.cli.command import run_command
+from nadaptor.cli.command import run_command, spread_over_cores
 from nadaptor.cli.main import COMMANDS
 from nadaptor.configs.named import CONFIGS
 from nadaptor.models.registry import MODELS
@@ -272,6 +272,29 @@ def test_a_run_that_fails_ends_with_exit_code_1(call, runs, tmp_path):
 def test_a_defect_keeps_its_traceback():
     with pytest.raises(ValueError, match="invalid literal"):
         run_command(lambda arguments: int("x"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "asked", "found"),
+    [
+        (None, None, "auto"),
+        (None, 1, 1),
+        ("XLA_FLAGS", None, None),
+        ("JAX_NUM_CPU_DEVICES", None, None),
+    ],
+)
+def test_a_command_trains_on_every_core_unless_the_user_says_how_many_devices_there_are(
+    variable, asked, found, monkeypatch
+):
+    for name in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "--xla_force_host_platform_device_count=8")
+    made = {}
+    monkeypatch.setattr(jax.config, "update", made.__setitem__)
+    assert spread_over_cores(asked) == found
+    cores = len(os.sched_getaffinity(0))
+    assert made == ({} if variable else {"jax_num_cpu_devices": cores})
 
 
 def test_the_demo_makes_its_table_and_files(tmp_path, capsys, runs):

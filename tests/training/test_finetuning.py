@@ -1,16 +1,21 @@
 """Fine-tuning in time: gradients through spikes, and a network that is better for it."""
 
 import dataclasses
+import functools
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from nadaptor.data.loader import load_images
-from nadaptor.data.registry import open_source
+from nadaptor.data.loader import batches, load_images
+from nadaptor.data.registry import open_source, open_split
 from nadaptor.errors import RunError
+from nadaptor.parallel import choose_devices, place_step
 from nadaptor.training import load_snn
-from nadaptor.training.finetuning import digits_na_finetuned, fine_tune, time_loss
+from nadaptor.training.finetuning import _update, digits_na_finetuned, fine_tune, time_loss
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -47,6 +52,29 @@ def test_fine_tuning_lowers_the_loss_and_keeps_what_the_network_is(tuned, snn):
         measured.append((config, float(loss)))
     assert measured[1][1] < 0.9 * measured[0][1]
     assert measured[1][0] == measured[0][0]
+
+
+def test_two_devices_fine_tune_as_one(snn):
+    """Equal to the rounding of sums: each device has half of the batch."""
+    model, variables, config = load_snn(snn)
+    source = open_split(config.data, "train")
+    batch = next(batches(source, "none", 0, 8, stop_step=1))
+    optimizer = optax.sgd(0.1)
+    ended = []
+    for count in (1, 2):
+        devices = choose_devices(count)
+        update = functools.partial(_update, model, optimizer, 2, source.spec, devices.axis_name)
+        placed = place_step(update, devices, "pmap", (False, True, True))
+        params = jax.tree.map(jnp.array, variables["params"])
+        state = placed.replicate((params, optimizer.init(params)))
+        state, loss = placed.step(state, placed.put(batch.images), placed.put(batch.labels))
+        ended.append(jax.device_get((state[0], loss)))
+    chex.assert_trees_all_close(*ended, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_does_not_divide_among_the_devices_is_refused(snn, tmp_path):
+    with pytest.raises(ValueError, match="64 does not divide by 3 devices"):
+        fine_tune(snn, tmp_path / "snn", digits_na_finetuned(), num_devices=3)
 
 
 def test_a_loss_that_is_not_finite_writes_nothing(snn, tmp_path):

@@ -6,9 +6,11 @@ import pytest
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
 from nadaptor.configs.build import build_model
 from nadaptor.configs.config import replace
+from nadaptor.configs.named import parent_of
 from nadaptor.data.registry import open_source, open_split
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.training import RunError, run, train
+from nadaptor.training.options import DEFAULT, Options
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -51,6 +53,27 @@ def test_the_metrics_are_those_of_the_network_that_was_saved(runs, tiny):
     rows = (runs / "digits_na" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [18, 36]
     assert json.loads(rows[-1]) == card["metrics"]
+
+
+def test_a_run_on_two_devices_is_that_on_one_and_is_resumed_on_two(tiny, tmp_path, capsys):
+    """Equal to the rounding of sums; the number of devices stands in card and snapshots."""
+    sizes = {"epochs": 1, "batch_size": 62, "train_size": 124}
+    config = replace(parent_of(tiny), name="x", **sizes)
+    one, two = (Options(num_devices=count) for count in (1, "auto"))
+    cards = []
+    for options in (one, two):
+        checkpoint = train(config, tmp_path / str(options.num_devices), options)
+        cards.append(load_card(checkpoint, "ann"))
+    assert [card["setting"]["devices"] for card in cards] == [1, 2]
+    assert cards[1]["metrics"]["loss"] == pytest.approx(cards[0]["metrics"]["loss"], rel=1e-4)
+    assert "x: starts at step 0 of 2 on 2 CPU devices" in capsys.readouterr().out
+    for options, words in (
+        (DEFAULT, "2 CPU devices\n"),
+        (one, "1 CPU device; it was with devices 2"),
+    ):
+        shutil.rmtree(checkpoint)
+        train(config, tmp_path / "auto", options)
+        assert f"x: resumed at step 2 of 2 on {words}" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_repeated(runs, tiny, capsys):
