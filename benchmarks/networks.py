@@ -58,8 +58,8 @@ def cifar10(data_dir: Path, split: str, count: int) -> tuple[np.ndarray, np.ndar
     source = tfds.data_source("cifar10", split=split, data_dir=str(data_dir / "tfds"))
     examples = [source[i] for i in range(count)]
     images = np.stack([e["image"] for e in examples]).astype(np.float32)
-    mean, deviation = (np.array(c, np.float32) for c in PHOTOGRAPHS)
-    return (images - mean) / deviation, np.array([e["label"] for e in examples])
+    mean, std = (np.array(c, np.float32) for c in PHOTOGRAPHS)
+    return (images - mean) / std, np.array([e["label"] for e in examples])
 
 
 def accuracy(network: Network) -> float:

@@ -2,8 +2,8 @@
 
 A float sum in another order can move a value across a rounding edge, which flips a spike: among
 the millions of a large network some do. So the identity between continuous functions is held to
-float rounding, and those between quantized or spiking ones to a share of what the logits vary by,
-which a flipped spike changes little and a wrong weight or threshold much.
+float rounding, and those between quantized or spiking ones to a fraction of what the logits vary
+by, which a flipped spike changes little and a wrong weight or threshold much.
 """
 
 import functools

@@ -6,8 +6,8 @@ one, and a tone curve looks pixels up in a table. The arithmetic is Pillow's.
 
 Source: Cubuk et al., AutoAugment: learning augmentation policies from data, 2019, tables 6 and 7.
 Where the paper is silent, the choices of the code that the published SNN papers train with:
-magnitudes in ten even steps, nearest neighbours, grey where nothing was, translation in shares of
-ImageNet's 331 pixels. Rotations go both ways, as the paper's range has it.
+magnitudes in ten even steps, nearest neighbours, grey where nothing was, translation in fractions
+of ImageNet's 331 pixels. Rotations go both ways, as the paper's range has it.
 """
 
 import functools
@@ -92,7 +92,7 @@ def apply_operation(image: jax.Array, operation: jax.Array, amount: jax.Array) -
     Args:
         image: [H, W, 3] uint8.
         operation: its place in `OPERATIONS`.
-        amount: of a shear, its slope; of a translation, a share of the image; of a rotation,
+        amount: of a shear, its slope; of a translation, a fraction of the image; of a rotation,
             degrees; of an enhancement, a factor, 1 for the image itself; of "posterize", bits; of
             "solarize", a threshold; of the others, nothing.
 
@@ -148,12 +148,12 @@ def _shear_y(pixels: jax.Array, slope: jax.Array) -> jax.Array:
     return jnp.array([[1, 0, 0], [slope, 1, 0]])
 
 
-def _translate_x(pixels: jax.Array, share: jax.Array) -> jax.Array:
-    return jnp.array([[1, 0, share * pixels.shape[1]], [0, 1, 0]])
+def _translate_x(pixels: jax.Array, fraction: jax.Array) -> jax.Array:
+    return jnp.array([[1, 0, fraction * pixels.shape[1]], [0, 1, 0]])
 
 
-def _translate_y(pixels: jax.Array, share: jax.Array) -> jax.Array:
-    return jnp.array([[1, 0, 0], [0, 1, share * pixels.shape[0]]])
+def _translate_y(pixels: jax.Array, fraction: jax.Array) -> jax.Array:
+    return jnp.array([[1, 0, 0], [0, 1, fraction * pixels.shape[0]]])
 
 
 def _rotate(pixels: jax.Array, degrees: jax.Array) -> jax.Array:

@@ -10,8 +10,8 @@ import numpy as np
 from nadaptor.data.source import Source, Spec, Split, SplitName, permutation, resident_source
 
 TEST_SIZE = 450
-# Mean and deviation of all pixels, which run from 0 to 16.
-SPEC = Spec(num_classes=10, image_shape=(8, 8, 1), mean=(4.88,), deviation=(6.02,))
+# Mean and standard deviation of all pixels, which run from 0 to 16.
+SPEC = Spec(num_classes=10, image_shape=(8, 8, 1), mean=(4.88,), std=(6.02,))
 
 
 def open_digits(split: SplitName, validation_size: int) -> Source:

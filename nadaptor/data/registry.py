@@ -67,8 +67,8 @@ def open_split(
                 f"normalization 'imagenet' is of three channels, and {data.dataset} has {channels};"
                 " choose 'dataset'"
             )
-        mean, deviation = PHOTOGRAPHS
-        source = source._replace(spec=source.spec._replace(mean=mean, deviation=deviation))
+        mean, std = PHOTOGRAPHS
+        source = source._replace(spec=source.spec._replace(mean=mean, std=std))
     if split == "train" and data.train_size is not None:
         if data.train_size > source.size:
             raise ValueError(

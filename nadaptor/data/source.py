@@ -28,7 +28,7 @@ class Spec(NamedTuple):
     num_classes: int
     image_shape: tuple[int, int, int]  # H, W, C of a training image
     mean: tuple[float, ...]  # of each channel, in units of the stored pixels
-    deviation: tuple[float, ...]  # the same
+    std: tuple[float, ...]  # the same
 
 
 class Example(NamedTuple):
@@ -58,7 +58,7 @@ PHOTOGRAPHS = tuple(
 
 
 def normalize(images: jax.Array, spec: Spec) -> jax.Array:
-    """Returns `(images - mean) / deviation` in float32.
+    """Returns `(images - mean) / std` in float32.
 
     Done on the device, so that a pixel crosses to it as one byte.
 
@@ -67,24 +67,24 @@ def normalize(images: jax.Array, spec: Spec) -> jax.Array:
         spec: of the data set.
 
     Example:
-        >>> spec = Spec(2, (1, 1, 1), mean=(4.0,), deviation=(2.0,))
+        >>> spec = Spec(2, (1, 1, 1), mean=(4.0,), std=(2.0,))
         >>> normalize(np.full((1, 1, 1), 6, np.uint8), spec).item()
         1.0
     """
-    mean, deviation = (jnp.array(c, jnp.float32) for c in (spec.mean, spec.deviation))
-    return (jnp.asarray(images).astype(jnp.float32) - mean) / deviation
+    mean, std = (jnp.array(c, jnp.float32) for c in (spec.mean, spec.std))
+    return (jnp.asarray(images).astype(jnp.float32) - mean) / std
 
 
 def normalize_array(images: np.ndarray, spec: Spec) -> np.ndarray:
     """Returns what `normalize` does, in NumPy: for images that go on to the devices as floats.
 
     Example:
-        >>> spec = Spec(2, (1, 1, 1), mean=(4.0,), deviation=(2.0,))
+        >>> spec = Spec(2, (1, 1, 1), mean=(4.0,), std=(2.0,))
         >>> normalize_array(np.full((1, 1, 1), 6, np.uint8), spec).item()
         1.0
     """
-    mean, deviation = (np.array(c, np.float32) for c in (spec.mean, spec.deviation))
-    return (images.astype(np.float32) - mean) / deviation
+    mean, std = (np.array(c, np.float32) for c in (spec.mean, spec.std))
+    return (images.astype(np.float32) - mean) / std
 
 
 def sized_spec(spec: Spec, shape: tuple[int, ...] | None, image_size: int | None) -> Spec:

@@ -17,9 +17,11 @@ from nadaptor.models.activations import AnyLevel, ClippedRelu, Lsq, NoiseAdaptor
 from nadaptor.models.threshold_activations import Qcfs, SlipRelu, Ttrbr
 from nadaptor.quantizers import GradientMode
 
-Activation = Literal[
-    "relu", "lsq", "noise_adaptor", "any_level", "clipped_relu", "qcfs", "slip_relu", "ttrbr"
+# Activations with a spiking network, and the one of full precision.
+Spiking = Literal[
+    "lsq", "noise_adaptor", "any_level", "clipped_relu", "qcfs", "slip_relu", "ttrbr"
 ]
+Activation = Literal["relu", Spiking]
 
 
 class Entry(NamedTuple):

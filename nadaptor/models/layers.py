@@ -20,7 +20,7 @@ Pool = Literal["mean", "max"]
 
 # On a CPU its weight gradient is several times as fast as with the convolution of `jax.lax`.
 convolution = functools.partial(nn.Conv, conv_general_dilated=conv_general_dilated)
-# Flax's momentum is the share of the old average: 0.9 here is torch's 0.1.
+# Flax's momentum is the fraction of the old average: 0.9 here is torch's 0.1.
 batch_norm = functools.partial(nn.BatchNorm, epsilon=1e-5, momentum=0.9)
 # torch's kaiming_normal_(mode="fan_out", nonlinearity="relu")
 kaiming = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -14,8 +14,8 @@ class Curve(NamedTuple):
     """One line of the plot."""
 
     label: str
-    mean: Sequence[float]  # accuracy at t = 1 to T, shares
-    deviation: Sequence[float]  # over seeds; zeros for one
+    mean: Sequence[float]  # accuracy at t = 1 to T, fractions
+    std: Sequence[float]  # over seeds; zeros for one
     spent: int = 0  # steps that a correction took before t = 1
 
 
@@ -23,7 +23,7 @@ def plot_accuracy(curves: Sequence[Curve], label: str, path: Path) -> None:
     """Plots accuracy over time steps as a PNG.
 
     Args:
-        curves: one line each, with a band of one deviation.
+        curves: one line each, with a band of one standard deviation.
         label: of the vertical axis.
         path: file to write.
     """
@@ -77,9 +77,9 @@ def _draw(axes: Any, curves: Sequence[Curve], total: bool) -> None:
     last = 1
     for curve in curves:
         steps = np.arange(1, len(curve.mean) + 1) + (curve.spent if total else 0)
-        mean, deviation = 100 * np.asarray(curve.mean), 100 * np.asarray(curve.deviation)
+        mean, std = 100 * np.asarray(curve.mean), 100 * np.asarray(curve.std)
         axes.plot(steps, mean, marker=".", label=curve.label)
-        axes.fill_between(steps, mean - deviation, mean + deviation, alpha=0.2)
+        axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
         last = max(last, steps[-1])
     axes.set_xscale("log")
     ticks = [2**k for k in range(int(last).bit_length())]

@@ -19,11 +19,11 @@ def markdown(table: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def percent(share: float) -> str:
-    """Returns a share of 1 as it is printed everywhere.
+def percent(fraction: float) -> str:
+    """Returns a fraction of 1 as it is printed everywhere.
 
     Example:
         >>> percent(0.9173)
         '91.73 %'
     """
-    return f"{100 * share:.2f} %"
+    return f"{100 * fraction:.2f} %"

@@ -45,7 +45,7 @@ def demo(
         ValueError: there are fewer than 2 seeds.
     """
     if seeds < 2:
-        raise ValueError(f"seeds must be at least 2, for a deviation, not {seeds!r}")
+        raise ValueError(f"seeds must be at least 2, for a standard deviation, not {seeds!r}")
     study = dataclasses.replace(STUDY, seeds=seeds)
     run_demo(study, workdir, out or workdir / "results", options)
 
@@ -75,14 +75,14 @@ def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT)
     plot_accuracy(curves, f"{study.split} accuracy, %", out / "accuracy.png")
     size = reports["with"][0]["num_images"]
     print(
-        f"\n{study.split.capitalize()} accuracy in %, {size} images, mean and deviation over "
+        f"\n{study.split.capitalize()} accuracy in %, {size} images, mean and std over "
         f"{study.seeds} seeds\n\n{markdown(table)}\n\n"
         f"{seconds:.0f} s on {os.cpu_count()} cores; table, report and plot: {out}"
     )
 
 
 def summarise(reports: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> dict[str, str]:
-    """Returns one row of the table: mean and sample deviation over reports, in %.
+    """Returns one row of the table: mean and sample standard deviation over reports, in %.
 
     Example:
         >>> one = {"ann_noisy": 0.9, "ann": 0.9, "accuracy": [0.5] * 32}
@@ -101,7 +101,7 @@ def summarise(reports: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> dic
 
 
 def curve(row: str, reports: Sequence[Mapping[str, Any]]) -> Curve:
-    """Returns the mean and deviation over reports at every time step, for the plot."""
+    """Returns the mean and standard deviation over reports at every time step, for the plot."""
     fractions = np.array([report["accuracy"] for report in reports])
     return Curve(
         f"{row} noise adaptor", fractions.mean(0).tolist(), fractions.std(0, ddof=1).tolist()

@@ -1,7 +1,7 @@
 """What the noise adaptor gains or costs against LSQ at each T, over how well training is fitted.
 
 Both methods of one seed start from one parent and see the same images in the same order: the
-difference is taken for each seed, and its deviation is that over seeds.
+difference is taken for each seed, and its standard deviation is that over seeds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ class Difference(NamedTuple):
     seeds: int
     training_accuracy: tuple[float, float]  # LSQ's and the adaptor's, noise off, mean in %
     mean: dict[str, float]  # "ANN" and "T = t" -> adaptor minus LSQ
-    deviation: dict[str, float]  # sample deviation of the paired differences; nan for one seed
+    std: dict[str, float]  # sample standard deviation of the paired differences; nan for one seed
 
 
 def differences_of(study: Study, cells: Cells) -> list[Difference]:
@@ -102,7 +102,7 @@ def _difference(
         len(pairs),
         (float(fitted[0]), float(fitted[1])),
         {name: float(np.mean(values)) for name, values in of_seeds.items()},
-        {name: _deviation(values) for name, values in of_seeds.items()},
+        {name: _std(values) for name, values in of_seeds.items()},
     )
 
 
@@ -111,7 +111,7 @@ def _figures(study: Study, measured: Any) -> dict[str, float]:
     return {"ANN": measured["ann"], **spiking}
 
 
-def _deviation(values: Sequence[float]) -> float:
+def _std(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
@@ -123,7 +123,7 @@ def _row(found: Difference) -> dict[str, Any]:
         "training_accuracy_lsq": f"{found.training_accuracy[0]:.2f}",
         "training_accuracy_adaptor": f"{found.training_accuracy[1]:.2f}",
         **{name: f"{value:.2f}" for name, value in found.mean.items()},
-        **{f"{name} deviation": f"{value:.2f}" for name, value in found.deviation.items()},
+        **{f"{name} deviation": f"{value:.2f}" for name, value in found.std.items()},
     }
 
 
@@ -135,7 +135,7 @@ def _line(found: Difference) -> dict[str, str]:
         "training, LSQ": f"{found.training_accuracy[0]:.1f}",
         "training, adaptor": f"{found.training_accuracy[1]:.1f}",
         **{
-            name: f"{value:+.2f}" + ("" if found.seeds == 1 else f"±{found.deviation[name]:.2f}")
+            name: f"{value:+.2f}" + ("" if found.seeds == 1 else f"±{found.std[name]:.2f}")
             for name, value in found.mean.items()
         },
     }
@@ -147,7 +147,7 @@ def _plot(found: Sequence[Difference], label: str, path: Path) -> None:
     ordered = sorted(found, key=lambda d: d.training_accuracy[1])
     for name in ordered[0].mean:
         x = [d.training_accuracy[1] for d in ordered]
-        error = np.nan_to_num([d.deviation[name] for d in ordered])
+        error = np.nan_to_num([d.std[name] for d in ordered])
         axes.errorbar(x, [d.mean[name] for d in ordered], error, marker="o", capsize=2, label=name)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="training accuracy of the adaptor's network, noise off, %", ylabel=label)

@@ -22,31 +22,23 @@ from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.named import INHERITED, get_config
 from nadaptor.errors import HeldError, PassingError, RunError
 from nadaptor.evaluation.report import SplitToMeasure
-from nadaptor.models.config import ACTIVATIONS
+from nadaptor.models.config import ACTIVATIONS, Spiking
 from nadaptor.studies.measure import measure
 from nadaptor.training.options import DEFAULT, Deadline, Options
 
-Method = Literal[
-    "lsq",
-    "lsq_unscaled",
-    "noise_adaptor",
-    "noise_adaptor_exact",
-    "noise_adaptor_scaled",
-    "noise_adaptor_unscaled",
-    "any_level",
-    "qcfs",
-    "slip_relu",
-    "ttrbr",
-    "clipped_relu",
+Variant = Literal[
+    "lsq_unscaled", "noise_adaptor_exact", "noise_adaptor_scaled", "noise_adaptor_unscaled"
 ]
+# The activations of the table that become spikes, and variants of them.
+Method = Literal[Spiking, Variant]
 # What a method sets in a config beside p, where that is more than the activation of its name:
 # Eq. 7's own gradient in place of Eq. 10, and LSQ's factor on the gradient of the scale.
-METHODS: Mapping[str, Mapping[str, Any]] = {
+METHODS: Mapping[Method, Mapping[str, Any]] = {
     "lsq_unscaled": {"activation": "lsq", "scale_gradient": False},
     "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
     "noise_adaptor_scaled": {"activation": "noise_adaptor", "scale_gradient": True},
     "noise_adaptor_unscaled": {"activation": "noise_adaptor", "scale_gradient": False},
-    "any_level": {"activation": "any_level", "gradient": "exact", "scale_gradient": False},
+    "any_level": {"gradient": "exact", "scale_gradient": False},
 }
 # Methods whose levels are not a choice: one network serves every p of the study.
 FIXED_LEVELS: Mapping[str, int] = {

@@ -70,12 +70,12 @@ def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
             **dict(cell.network.values),
             "correction": cell.correction,
             "seed": cell.seed,
-            "ann": _share(measured.get("ann")),
-            "ann_noisy": _share(measured.get("ann_noisy")),
-            "training_accuracy": _share(measured.get("training_accuracy")),
+            "ann": _fraction(measured.get("ann")),
+            "ann_noisy": _fraction(measured.get("ann_noisy")),
+            "training_accuracy": _fraction(measured.get("training_accuracy")),
             "t": t,
             "network_steps": _total(cell.correction, study, t),
-            "accuracy": _share(None if "failed" in measured else measured["accuracy"][t - 1]),
+            "accuracy": _fraction(None if "failed" in measured else measured["accuracy"][t - 1]),
             **measured["made"],
         }
         for cell, measured in cells.items()
@@ -83,8 +83,8 @@ def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:
     ]
 
 
-def _share(value: float | None) -> str:
-    """A share for the CSV file; nothing where there is none."""
+def _fraction(value: float | None) -> str:
+    """A fraction for the CSV file; nothing where there is none."""
     return "" if value is None else f"{value:.4f}"
 
 
@@ -96,7 +96,7 @@ def _total(correction: CorrectionName, study: Study, num_steps: int) -> int:
 def _summary(
     study: Study, cells: Cells, network: Network, correction: CorrectionName
 ) -> list[dict[str, str]]:
-    """Means and deviations over the seeds that gave a network; below, what the paper states."""
+    """Means and their std over the seeds that gave a network; below, what the paper states."""
     of_line = _of(study, cells, network, correction)
     noisy, steps = [m["ann_noisy"] for m in of_line], study.reported_steps
     measured = {
@@ -124,18 +124,18 @@ def _of(study: Study, cells: Cells, network: Network, correction: CorrectionName
     return [m for m in measured if "failed" not in m]
 
 
-def _mean(shares: Sequence[float]) -> str:
-    """Mean and sample deviation in %; no deviation of one, nothing of none."""
-    if not shares:
+def _mean(fractions: Sequence[float]) -> str:
+    """Mean and sample standard deviation in %; none of one, nothing of none."""
+    if not fractions:
         return "failed"
-    mean = f"{100 * np.mean(shares):.2f}"
-    return mean if len(shares) == 1 else f"{mean}±{100 * np.std(shares, ddof=1):.2f}"
+    mean = f"{100 * np.mean(fractions):.2f}"
+    return mean if len(fractions) == 1 else f"{mean}±{100 * np.std(fractions, ddof=1):.2f}"
 
 
 def _curve(
     study: Study, cells: Cells, network: Network, correction: CorrectionName, label: str
 ) -> Curve:
     of_line = _of(study, cells, network, correction)
-    shares = np.array([m["accuracy"] for m in of_line] or [[np.nan] * study.num_steps])
-    deviation = shares.std(0, ddof=1) if len(shares) > 1 else np.zeros(study.num_steps)
-    return Curve(label, shares.mean(0).tolist(), deviation.tolist(), _total(correction, study, 0))
+    fractions = np.array([m["accuracy"] for m in of_line] or [[np.nan] * study.num_steps])
+    std = fractions.std(0, ddof=1) if len(fractions) > 1 else np.zeros(study.num_steps)
+    return Curve(label, fractions.mean(0).tolist(), std.tolist(), _total(correction, study, 0))

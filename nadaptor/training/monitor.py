@@ -31,7 +31,7 @@ def add_step(tally: Tally, step: int, loss: float, accuracy: float, num_classes:
         tally: the sums so far.
         step: number of the step, from 0.
         loss: its mean loss.
-        accuracy: its share of right images.
+        accuracy: its fraction of right images.
         num_classes: log(num_classes) is the loss of guessing.
 
     Raises:

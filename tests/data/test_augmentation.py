@@ -144,7 +144,7 @@ def test_an_example_is_augmented_by_its_place_in_the_whole_batch(augmentation):
 
 def test_none_normalises_alone_whatever_the_key():
     images = RNG.integers(0, 256, (2, 32, 32, 3), np.uint8)
-    wanted = (images - np.array(SPEC.mean)) / np.array(SPEC.deviation)
+    wanted = (images - np.array(SPEC.mean)) / np.array(SPEC.std)
     for augmentation in ("none", "random_resized_crop"):
         found = augment_batch(jax.random.key(0), images, SPEC, augmentation)
         chex.assert_trees_all_close(found, wanted.astype(np.float32), atol=1e-6)

@@ -287,9 +287,9 @@ def test_the_published_resnet20_classifies_cifar10():
     source = tfds.data_source("cifar10", split="test", data_dir=DATA / "tfds")
     examples = [source[index] for index in range(500)]
     images = np.stack([example["image"] for example in examples]).astype("f4") / 255
-    mean, deviation = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], "f4")
+    mean, std = np.array([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], "f4")
     model = create("cifar_resnet20", 10)
     variables = load_pretrained(WEIGHTS, template("cifar_resnet20"))
-    logits = jax.jit(model.apply)(variables, (images - mean) / deviation)
+    logits = jax.jit(model.apply)(variables, (images - mean) / std)
     labels = np.array([example["label"] for example in examples])
     assert abs((logits.argmax(-1) == labels).sum() - 452) <= 1

@@ -39,11 +39,11 @@ def cells():
     return {cell: measured(cell) for cell in cells_of(STUDY)}
 
 
-def test_differences_are_of_one_seed_each_and_their_deviation_is_over_seeds(cells):
+def test_differences_are_of_one_seed_each_and_their_std_is_over_seeds(cells):
     short, long = differences_of(STUDY, cells)
     assert short.network.values == (("epochs", 1),) and long.network.values == (("epochs", 8),)
     assert short.mean == {"ANN": 0, "T = 1": 50, "T = 2": -12.5}
-    assert short.deviation == {"ANN": 0, "T = 1": 25, "T = 2": 0}
+    assert short.std == {"ANN": 0, "T = 1": 25, "T = 2": 0}
     assert short.training_accuracy == (50, 25) and long.training_accuracy == (100, 75)
 
 
@@ -56,9 +56,9 @@ def test_a_seed_that_failed_in_one_of_the_two_is_left_out_of_the_difference(cell
     assert found.seeds == 2 and found.mean["T = 1"] == 37.5
 
 
-def test_one_seed_has_no_deviation(cells):
+def test_one_seed_has_no_std(cells):
     found = differences_of(dataclasses.replace(STUDY, seeds=1), cells)[0]
-    assert found.seeds == 1 and np.isnan(found.deviation["T = 1"])
+    assert found.seeds == 1 and np.isnan(found.std["T = 1"])
 
 
 def test_a_study_without_both_methods_has_no_difference(tmp_path, cells):
