@@ -285,14 +285,14 @@ for _ in range(count):
             data[at : at + 4] = random.choice([b"\\xff" * 4, b"\\0" * 4, b"\\xff\\xff\\xff\\x7f"])
     with open(path, "wb") as file:
         file.write(data)
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         read += bool(read_torch_file(path))
     except ValueError as error:
         refused += 1
         assert str(error).startswith("cannot read"), error
         assert len(str(error)) < 600 and str(error).isprintable(), error
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 print(read, refused)
 """
 

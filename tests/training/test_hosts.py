@@ -79,7 +79,7 @@ def test_a_process_that_never_comes_is_missed_within_the_time_that_is_stated(ran
     started = time.monotonic()
     with pytest.raises(RunError, match=rf"{word}.* within 1 s"):
         start_processes(f"127.0.0.1:{free_port()}", 2, rank, timeout=1)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 200  # by default it would be 300
 
 
 @pytest.mark.parametrize(

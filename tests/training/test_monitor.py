@@ -35,3 +35,30 @@ def test_a_loss_that_stays_high_is_named_by_its_first_step():
 def test_a_tally_goes_through_json():
     tally = add_step(EMPTY, 0, 0.1, 0.3, 10)
     assert restore_tally({"tally": tally._asdict(), "rows": []}) == (tally, [])
+
+
+def test_a_loss_that_comes_back_in_time_starts_the_count_anew():
+    tally = EMPTY
+    for step in range(5 * DIVERGED_STEPS):
+        high = step % DIVERGED_STEPS < DIVERGED_STEPS - 1
+        tally = add_step(tally, step, 30.0 if high else 1.0, 0.1, 10)
+    assert tally.steps == 5 * DIVERGED_STEPS
+
+
+@pytest.mark.parametrize(("classes", "limit"), [(10, 23.0), (1000, 69.0), (1, 6.9)])
+def test_how_high_a_loss_is_goes_by_that_of_guessing(classes, limit):
+    assert add_step(EMPTY, 3, limit, 0.1, classes).high_since == -1
+    assert add_step(EMPTY, 3, limit + 0.1, 0.1, classes).high_since == 3
+
+
+@pytest.mark.parametrize(
+    ("card", "word"),
+    [
+        ({"tally": EMPTY._asdict()}, "rows"),
+        ({"tally": {"steps": 1}, "rows": []}, r"has \['steps'\] as its fields"),
+        ({"tally": 3, "rows": []}, "tally"),
+    ],
+)
+def test_a_card_whose_progress_is_not_whole_is_refused_by_the_field(card, word):
+    with pytest.raises(ValueError, match=word):
+        restore_tally(card)
