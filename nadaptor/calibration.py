@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count
+from nadaptor._execution.placement import shard_like
 from nadaptor._jaxpr.trace import contains, is_mark, to_jaxpr
 from nadaptor.quantization import quantize
 from nadaptor.quantization.rules import SMALLEST, Rule, maximum, mmse, other_axes, percentile
@@ -292,6 +293,7 @@ def _layer_by_layer(
 
         def run(start: jax.Array, bias: jax.Array) -> jax.Array:
             state = net.neuron.init(net.layers[i].shape, threshold, start)
+            state = jax.tree.map(lambda s: shard_like(s, jax.typeof(x[0])), state)
             return jax.lax.scan(lambda s, c: net.neuron.step(s, c, threshold), state, x + bias)[1]
 
         adjusted = adjust(wanted[i] - run(*found).mean(0), *found)

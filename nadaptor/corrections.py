@@ -78,7 +78,7 @@ class OffsetSpikes:
         def fire(i: int, x: jax.Array) -> tuple[State, jax.Array]:
             layer = net.layers[i]
             begin = neuron.init(layer.shape, layer.threshold, layer.start)
-            begin = shard_like(begin, jax.typeof(x))
+            begin = shard_like(begin, jax.typeof(x[0]))
             corrected = begin + layer.threshold * self._shift(_observe(begin, x, layer.threshold))
             _, out = jax.lax.scan(lambda u, c: neuron.step(u, c, layer.threshold), corrected, x)
             return net.neuron.init(layer.shape, layer.threshold, corrected), out
@@ -163,6 +163,8 @@ def _observe(begin: jax.Array, currents: jax.Array, threshold: Threshold) -> _Re
             ),
         ), None
 
-    largest = jnp.full_like(begin, _LARGEST)
-    record = _Record(begin / threshold, jnp.zeros_like(begin, bool), largest, -largest)
+    like = jax.typeof(begin)
+    largest, none = jnp.full_like(begin, _LARGEST), jnp.zeros_like(begin, bool)
+    largest, none = shard_like(largest, like), shard_like(none, like)
+    record = _Record(begin / threshold, none, largest, -largest)
     return jax.lax.scan(step, (begin, record), currents)[0][1]

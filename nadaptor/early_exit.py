@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from nadaptor._checks import check_count
 from nadaptor._execution.frames import OverTime, axes_with_time, check_frames
+from nadaptor._execution.placement import gather
 from nadaptor._execution.steps import Carry, run_chunk
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction, Sizes, run_in_tiles, start_carry
@@ -140,6 +141,7 @@ def simulate_with_early_exit(
 
         def body(loop: tuple[Carry, EarlyExit]) -> tuple[Carry, EarlyExit]:
             carry, means = run_chunk(net, prepared, loop[0], chunk)
+            means = gather(means)
             times = carry.time - chunk + 1 + jnp.arange(chunk)
             return carry, _stop(loop[1], means, times, confidence, num_steps)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from nadaptor._checks import check_count
 from nadaptor._execution.frames import OverTime, axes_with_time, check_frames
-from nadaptor._execution.placement import shard_like
+from nadaptor._execution.placement import explicit_axes, shard_like
 from nadaptor._execution.shards import in_shards
 from nadaptor._execution.steps import Carry, last_spike, run_chunk
 from nadaptor._execution.sums import nothing_sent
@@ -161,6 +161,7 @@ def simulate(
     if devices is None:
         return _together(run_part(*args))
     _check_independent("devices", list(devices), in_axes)
+    _check_no_mesh(args, "devices")
     axes, number = example_axes(in_axes, args)
     net = convert(*args)
     check_example_outputs(net.output_shapes, number)
@@ -205,6 +206,11 @@ def run_in_tiles(
     check_example_outputs(net.output_shapes, number)
     shapes = [layer.shape for layer in net.layers]
     tile, chunk = choose_sizes(shapes, number, num_steps, jax.default_backend())
+    leaves = jax.tree.leaves(args)
+    if any(a is not None and explicit_axes(x, a) for x, a in zip(leaves, axes, strict=True)):
+        _ = tile_size is None or _check_no_mesh(args, "tile_size")
+        # Each device has a part of the examples already, and XLA does not fold steps into it.
+        tile, chunk = number, 1
     tile, chunk = tile_size or tile, min(steps_per_chunk or chunk, num_steps)
     if tile >= number:
         return run(net, net.prepare(*args), chunk)
@@ -287,6 +293,15 @@ def start_carry(net: SpikingNetwork, prepared: Prepared, correction: Correction 
 def _together(sim: Simulation) -> Simulation:
     """The parts of a batch have settled when the last has."""
     return sim if sim.settled is None else sim._replace(settled=sim.settled.max())
+
+
+def _check_no_mesh(args: Any, name: str) -> None:
+    for x in jax.tree.leaves(args):
+        if axes := explicit_axes(x):
+            raise ValueError(
+                f"an argument lies on an explicit mesh, of axes {axes}, which shares the examples "
+                f"already: leave {name} out, or call simulate inside jax.shard_map"
+            )
 
 
 def _check_independent(name: str, value: Any, in_axes: Any) -> None:

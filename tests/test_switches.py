@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,3 +125,9 @@ def test_the_percentile_is_numpys_of_what_is_not_zero(percent):
     expected = np.nanpercentile(np.where(a > 0, a, np.nan), percent, (0, 2), keepdims=True)
     found = percentile(percent)(jnp.asarray(a), (0, 2))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_replaces_jit_to_debug_changes_no_number(plain):
+    with chex.fake_jit():
+        found = jax.tree.map(np.asarray, THINGS["simulation"]())
+    jax.tree.map(np.testing.assert_array_equal, found, plain("simulation"))

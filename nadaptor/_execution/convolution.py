@@ -86,6 +86,8 @@ def _is_plain(eqn: Any, spiking: Sequence[bool]) -> bool:
     params = eqn.params
     return (
         image.ndim == 4
+        # Of an image that an explicit mesh spreads, XLA would have to be told where each part goes.
+        and not any(image.sharding.spec)
         and [kernel.shape[i] for i in params["dimension_numbers"].rhs_spec[2:]] == [3, 3]
         and {*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"]} == {1}
         and params["feature_group_count"] == params["batch_group_count"] == 1

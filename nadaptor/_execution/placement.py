@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 
 def shard_like(x: jax.Array, like: Any) -> jax.Array:
@@ -12,6 +12,23 @@ def shard_like(x: jax.Array, like: Any) -> jax.Array:
     if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
         x = jax.sharding.reshard(x, sharding) if x.shape == like.shape else x
     return _vary(x, like.manual_axis_type)
+
+
+def explicit_axes(x: Any, axis: int | None = None) -> tuple[str, ...]:
+    """The axes of an explicit mesh on which an array lies, or which cut one of its axes."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return ()
+    if axis is None:
+        return tuple(sharding.mesh.axis_names)
+    names = sharding.spec[axis] if -len(sharding.spec) <= axis < len(sharding.spec) else None
+    return names if isinstance(names, tuple) else () if names is None else (names,)
+
+
+def gather(x: jax.Array) -> jax.Array:
+    """Gives each device of an explicit mesh the whole array, as what sorts it needs."""
+    cut = any(explicit_axes(x, axis) for axis in range(x.ndim))
+    return jax.sharding.reshard(x, PartitionSpec()) if cut else x
 
 
 def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from nadaptor._checks import check_floating, check_positive, check_scale
-from nadaptor._execution.placement import vary_like
+from nadaptor._execution.placement import shard_like, vary_like
 
 # Bound once: what replaces `jax.jit` for a while, to debug, would leave marks that are none.
 _jit = jax.jit
@@ -111,7 +111,9 @@ def _scaled_bwd(activation, saved, g):
     dv, dscale = activation.slopes(residual)
     wide = jnp.promote_types(g.dtype, jnp.float32)
     grad_scale = _sum_to_shape(g.astype(wide) * dscale.astype(wide), scale.shape)
-    return g * dv.astype(g.dtype), grad_scale.astype(scale.dtype), None
+    # On an explicit mesh the sum lies as v does.
+    grad_scale = shard_like(grad_scale.astype(scale.dtype), jax.typeof(scale))
+    return g * dv.astype(g.dtype), grad_scale, None
 
 
 _scaled.defvjp(_scaled_fwd, _scaled_bwd)

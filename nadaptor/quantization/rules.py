@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count, check_name
+from nadaptor._execution.placement import gather
 from nadaptor.quantizers import mmse_scale
 
 Rule = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -68,7 +69,7 @@ def percentile(percent: float = 99.9) -> Rule:
         raise ValueError(f"percent must be above 0 and at most 100, not {percent!r}")
 
     def rule(a: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        axes = tuple(i % a.ndim for i in axes)
+        a, axes = gather(a), tuple(i % a.ndim for i in axes)
         kept = [i for i in range(a.ndim) if i not in axes]
         shape = [a.shape[i] for i in kept]
         ordered = jnp.sort(jnp.where(a > 0, a, 0).transpose(*kept, *axes).reshape(*shape, -1))
