@@ -2,6 +2,9 @@
 
 import signal
 
+# What ends a run, with what it has done saved.
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class RunError(RuntimeError):
     """A run cannot go on: its loss is not finite, or a converted network fails its own checks."""

@@ -11,6 +11,7 @@ import jax
 
 from nadaptor._checks import check_local, check_name
 from nadaptor.cli.failures import end
+from nadaptor.cli.supervised import is_to_be_supervised, supervise
 from nadaptor.parallel import NumDevices
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
     Args:
         main: the command; it is given the words after the program's name.
     """
+    if is_to_be_supervised(sys.argv[1:]):
+        sys.exit(supervise([sys.executable, *sys.orig_argv[1:]], Path(sys.argv[0]).name))
     _keep_compiled()
     try:
         _refuse_urls(sys.argv[1:])

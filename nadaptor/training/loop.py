@@ -18,6 +18,7 @@ from nadaptor.checkpoints.snapshots import Snapshot, Snapshots, setting_of
 from nadaptor.configs.config import Config, from_json, to_json
 from nadaptor.configs.named import INHERITED, parent_of
 from nadaptor.data.registry import open_split
+from nadaptor.data.source import check_identity
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.parallel import agree, start_processes
 from nadaptor.reports.tables import percent
@@ -88,7 +89,7 @@ def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> Evalu
     Raises:
         ValueError: as `train`, or the run is not finished.
     """
-    run = open_run(config, options)
+    run, trained_on = open_run(config, options), None
     if options.init_from:
         origin, (weights, _) = options.init_from, read_weights(run, options.init_from)
         variables = first_state(run, weights).variables
@@ -96,7 +97,8 @@ def evaluate(config: Config, workdir: Path, options: Options = DEFAULT) -> Evalu
         origin = workdir / config.name / "checkpoint"
         variables, card = load_checkpoint(origin, "ann")
         _check_config(origin, card, config, to_json(config))
-    test = open_split(config.data, "test", options.data_dir)
+        trained_on = card.get("data")
+    test = open_split(config.data, "test", options.data_dir, known=trained_on)
     accuracy = ann_accuracy(run.model, variables, test, devices=run.devices)
     return Evaluation(accuracy, config, test.size, origin)
 
@@ -165,7 +167,7 @@ def _train(config: Config, workdir: Path, options: Options, deadline: Deadline) 
     locked = hold(folder) if run.devices.process_index == 0 else contextlib.nullcontext()
     with locked:
         if (folder / "checkpoint").exists():
-            return _finished(folder / "checkpoint", config, to_json(config))
+            return _finished(folder / "checkpoint", run, config, to_json(config))
         return _go_on(run, workdir, folder, deadline)
 
 
@@ -174,7 +176,7 @@ def _go_on(run: Run, workdir: Path, folder: Path, deadline: Deadline) -> Path:
     config, options, checkpoint = run.config, run.options, folder / "checkpoint"
     parent = None if (folder / "snapshots").exists() else parent_of(config)
     if parent and not options.init_from:
-        _train_parent(parent, workdir, options, deadline)
+        _train_parent(run, parent, workdir, deadline)
     said = {**run.card, "setting": _setting(run)}
     with contextlib.closing(Snapshots(folder / "snapshots", options.keep, said)) as snapshots:
         start = snapshots.latest(state_shape(run)) or _begin(run, workdir)
@@ -233,13 +235,13 @@ def _where_it_starts(run: Run, start: Snapshot, said: Mapping[str, Any]) -> str:
     return line
 
 
-def _train_parent(parent: Config, workdir: Path, options: Options, deadline: Deadline) -> None:
-    """Trains the full-precision network, unless that is done."""
+def _train_parent(run: Run, parent: Config, workdir: Path, deadline: Deadline) -> None:
+    """Trains the full-precision network that a run starts from, unless that is done."""
     checkpoint = workdir / parent.name / "checkpoint"
     if checkpoint.exists():
-        _finished(checkpoint, parent, INHERITED)
+        _finished(checkpoint, run, parent, INHERITED)
     else:
-        _train(parent, workdir, options, deadline)
+        _train(parent, workdir, run.options, deadline)
         _meet(parent.name)
 
 
@@ -301,11 +303,19 @@ def _meet(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _finished(checkpoint: Path, config: Config, fields: Iterable[str]) -> Path:
-    """Returns the checkpoint of a finished run, if its config agrees in these fields."""
+def _finished(checkpoint: Path, run: Run, config: Config, fields: Iterable[str]) -> Path:
+    """Returns the checkpoint of a finished run, if its images and these fields are those asked for.
+
+    Args:
+        checkpoint: of the run itself, or of its parent.
+        run: what was asked for.
+        config: of the checkpoint.
+        fields: of the config.
+    """
     # The arrays, too: a damaged network is not trained.
     _, card = load_checkpoint(checkpoint, "ann")
     _check_config(checkpoint, card, config, fields)
+    check_identity(run.images, card.get("data") or {})
     print(f"{config.name}: already trained, at {checkpoint}")
     return checkpoint
 

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nadaptor.errors import Interrupted, OutOfTimeError
+from nadaptor.errors import ENDING, Interrupted, OutOfTimeError
 from nadaptor.training.options import ENDLESS, Deadline
 
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _NOTHING_LOST = "told to end before its first step was done; the same command resumes"
 
 

@@ -35,6 +35,23 @@ except BaseException as error:
     end(error)
     raise
 """
+# As a command, which says where its coordinator is.
+APART = """
+import os, sys, time
+from nadaptor.cli.command import run_command
+from nadaptor.parallel import agree, start_processes
+
+def main(words):
+    rank, dying, option, address = words
+    start_processes(address, 2, int(rank), timeout=5)
+    agree({"seed": 0})
+    if rank == dying:
+        os._exit(7)
+    time.sleep(600)
+
+sys.argv[0] = "train.py"
+run_command(main)
+"""
 
 
 def free_port():
@@ -70,6 +87,24 @@ def test_a_process_that_dies_ends_the_other_with_one_line():
     (code, lines), (died, _) = ends("dies")
     assert (code, died, len(lines)) == (1, 7, 1), lines
     assert "another process of the run has ended or cannot be reached" in lines[0]
+
+
+@pytest.mark.parametrize("dying", ["0", "1"])
+def test_a_process_that_dies_outside_of_a_collective_ends_the_other_with_one_line(dying):
+    address, env = f"127.0.0.1:{free_port()}", {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", APART, rank, dying, "--coordinator", address],
+            env={**env, "JAX_PLATFORMS": "cpu"}, stderr=-1, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    for rank, process in zip("01", started, strict=True):
+        err = process.communicate()[1]
+        lines = [line for line in err.splitlines() if "[Gloo]" not in line]
+        if rank != dying:
+            assert (process.returncode, len(lines)) == (1, 1), err
+            assert lines[0].startswith("train.py: another process of the run has ended")
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,9 @@ def test_a_parent_of_another_model_is_refused(with_parent, tiny):
 def test_training_never_reads_the_test_set(with_parent, tiny, monkeypatch):
     read = []
 
-    def opened(data, split, data_dir):
+    def opened(data, split, data_dir, **more):
         read.append(split)
-        return open_split(data, split, data_dir)
+        return open_split(data, split, data_dir, **more)
 
     monkeypatch.setattr(run, "open_split", opened)
     train(replace(tiny, epochs=1), with_parent)

@@ -1,7 +1,9 @@
 """What a run is asked for beside its config: weights from a file, the best epoch, a dry run."""
 
 import dataclasses
+import json
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -9,10 +11,14 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import save_file
 
+from nadaptor._files import hold
+from nadaptor.checkpoints.card import seal
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
+from nadaptor.checkpoints.snapshots import Snapshot
 from nadaptor.configs.config import replace
 from nadaptor.configs.named import get_config
 from nadaptor.data.registry import open_split
+from nadaptor.errors import HeldError
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.parallel import choose_devices
 from nadaptor.training import loop, train
@@ -135,3 +141,79 @@ def test_a_dry_run_of_imagenet_needs_no_data_set(tmp_path, capsys):
     assert re.search(r"made up, 1271167 of them: no prepared data set 'imagenet2012'", out)
     with pytest.raises(ValueError, match="no prepared data set 'other'"):
         dry_run(replace(config, dataset="other"), options)
+
+
+def test_an_evaluation_of_another_config_is_refused_as_a_training_is(small, done):
+    workdir, _ = done
+    other = replace(small, label_smoothing=0.1)
+    for call in (loop.evaluate, train):
+        with pytest.raises(ValueError, match=r"was trained with label_smoothing=0.0, not 0.1"):
+            call(other, workdir)
+
+
+def test_the_files_of_another_run_in_its_folder_are_not_evaluated(small, done, tmp_path):
+    workdir, _ = done
+    shutil.copytree(workdir / "small", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"was trained with .*'small'"):
+        loop.evaluate(replace(small, name="other"), tmp_path)
+
+
+@pytest.mark.parametrize("call", [loop.evaluate, train])
+def test_a_network_of_other_classes_is_neither_evaluated_nor_believed(
+    small, done, tmp_path, call
+):
+    """Whose config is the same: the folder of its data set has changed since."""
+    workdir, _ = done
+    shutil.copytree(workdir / "small", tmp_path / "small")
+    file = tmp_path / "small/checkpoint/card.json"
+    card = json.loads(file.read_text())
+    card["data"]["class_names"][0] = "a"
+    file.write_text(json.dumps(seal(card)))
+    with pytest.raises(ValueError, match="class 0 of data set digits is '0', and was 'a' when"):
+        call(small, tmp_path)
+
+
+def test_a_finished_run_whose_arrays_are_damaged_is_not_called_trained(small, done, tmp_path):
+    workdir, _ = done
+    shutil.copytree(workdir / "small", tmp_path / "small")
+    card = json.loads((file := tmp_path / "small/checkpoint/card.json").read_text())
+    name = next(iter(card["digests"]))
+    card["digests"][name] = "0" * 64
+    file.write_text(json.dumps(seal(card)))
+    with pytest.raises(ValueError, match=f"is damaged: {name}"):
+        train(small, tmp_path)
+
+
+def test_two_runs_in_one_folder_do_not_both_work(small, tmp_path):
+    with hold(tmp_path / "small"), pytest.raises(HeldError, match="is being made by process"):
+        train(small, tmp_path)
+
+
+@pytest.mark.parametrize("change", ["weight_decay", "seed", "epochs", "snapshot_steps", "keep"])
+def test_processes_agree_on_whatever_changes_a_run(small, change):
+    run = open_run(small, DEFAULT)
+    if change in ("snapshot_steps", "keep"):
+        other = open_run(small, dataclasses.replace(DEFAULT, **{change: 3}))
+    else:
+        other = open_run(replace(small, **{change: 3}), DEFAULT)
+    assert loop._asked(run) != loop._asked(other)
+
+
+def test_a_run_that_goes_on_elsewhere_says_what_differs(small):
+    run = open_run(small, DEFAULT)
+    setting = loop._setting(run)
+    before = {**setting, "devices": 4, "resident": True, "jax": "0.9.0"}
+    snapshot = Snapshot(3, None, {"setting": before})
+    line = loop._where_it_starts(run, snapshot, {"setting": setting})
+    assert line.startswith("resumed at step 3 of 8; it was with devices 4, not 1")
+    assert "resident True, not False" in line and "jax 0.9.0, not " in line
+    same = snapshot._replace(card={"setting": setting})
+    assert loop._where_it_starts(run, same, {"setting": setting}) == "resumed at step 3 of 8"
+
+
+def test_a_parent_of_other_classes_is_refused(small, done):
+    run, config = open_run(small, DEFAULT), small
+    names = [*run.images.identity["class_names"][1:], "z"]
+    source = run.images._replace(identity={**run.images.identity, "class_names": names})
+    with pytest.raises(ValueError, match="class 0 of data set digits is '1', and was '0' when"):
+        loop._finished(done[0] / "small/checkpoint", run._replace(images=source), config, ["seed"])

@@ -1,0 +1,87 @@
+"""A command of several processes, watched: where it loses the others it ends in one line.
+
+A process that loses the others inside a collective gets an error, and says so. Outside of one,
+while it compiles or reads images, a thread of jax finds out, and ends it by SIGABRT and a page of
+words. No handler can stop that; so the command runs as a child of one that only waits, hands
+signals on, and says in one line what came of it.
+"""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import IO
+
+from nadaptor.errors import ENDING
+
+_CHILD = "NADAPTOR_SUPERVISED"
+_LOST = b"Terminating process because the JAX distributed service detected fatal errors"
+# What jax's threads say before: it is held back until it is clear how the process ends.
+_WORDS = re.compile(rb"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h)")
+_HELD_SECONDS = 10
+_PR_SET_PDEATHSIG = 1
+
+
+def is_to_be_supervised(words: Iterable[str]) -> bool:
+    """Says whether a command is one of several processes, and is not watched already."""
+    asked = any(word.partition("=")[0] == "--coordinator" for word in words)
+    return asked and _CHILD not in os.environ
+
+
+def supervise(command: Sequence[str], name: str) -> int:
+    """Runs a command as a child, and returns its exit code: 1 where it has lost the others.
+
+    Args:
+        command: the program and its words.
+        name: how the user called it, for the line.
+    """
+    child = subprocess.Popen(
+        command,
+        env={**os.environ, _CHILD: "1"},
+        stderr=subprocess.PIPE,
+        # So that Ctrl-C reaches it once, through this process.
+        start_new_session=True,
+        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+    )
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: child.send_signal(number))
+    assert child.stderr is not None
+    held = _pass_on(child.stderr)
+    code = child.wait()
+    if code == -signal.SIGABRT and any(_LOST in line for line in held):
+        why = "another process of the run has ended or cannot be reached; the same command resumes"
+        print(f"{name}: {why}", file=sys.stderr, flush=True)
+        return 1
+    _write(held)
+    return code if code >= 0 else 128 - code
+
+
+def _pass_on(stream: IO[bytes]) -> list[bytes]:
+    """Writes each line to stderr as it comes; returns those of jax's last words."""
+    held: list[bytes] = []
+    since = 0.0
+    for line in stream:
+        if held and time.monotonic() - since > _HELD_SECONDS:
+            _write(held)  # it lives
+            held = []
+        if held or _WORDS.match(line):
+            since = since if held else time.monotonic()
+            held.append(line)
+        else:
+            _write([line])
+    return held
+
+
+def _write(lines: Sequence[bytes]) -> None:
+    sys.stderr.buffer.writelines(lines)
+    sys.stderr.flush()
+
+
+def _end_with_parent() -> None:
+    """Has this process told to end when its parent is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
