@@ -5,7 +5,7 @@ USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3 python,$(shell $(p) -c '$(USABLE)' >/dev/null 2>&1 && echo $(p))))
 BIN := .venv/bin
 
-.PHONY: .venv demo test test-quick test-torch docs results drills lint lock clean
+.PHONY: .venv demo test test-quick test-torch test-oldest test-newest docs results drills lint lock clean
 
 demo: .venv
 	$(BIN)/python -m nadaptor.demo $(ARGS)
@@ -34,11 +34,18 @@ docs: .venv/.docs
 results: .venv
 	$(BIN)/python docs/results.py
 
-# Hours: it goes on where it was stopped. NADAPTOR_MUTATIONS is how many files of each layout.
+# The suite with warnings as errors on the oldest jax of the lock and on the newest, each in an
+# environment of its own: Python 3.11 has the one and 3.12 the other.
+test-oldest: .venv-3.11/.installed
+	.venv-3.11/bin/python $(PYTEST) $(ARGS)
+
+test-newest: .venv-3.12/.installed
+	.venv-3.12/bin/python $(PYTEST) $(ARGS)
+
+# Hours: it goes on where it was stopped, and writes the table of docs/drills.md.
 drills: .venv
-	NADAPTOR_MUTATIONS=$${NADAPTOR_MUTATIONS:-25000} $(BIN)/python -m pytest -q \
-	  tests/interop/test_torch_attacks.py -k mutated
-	$(BIN)/python benchmarks/drills.py $(ARGS)
+	$(BIN)/python -m benchmarks.drills $(ARGS)
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -q tests/test_random_graphs.py
 
 lint: .venv
 	$(BIN)/ruff check .
@@ -56,6 +63,14 @@ lint: .venv
 	&& $(BIN)/python -m pip install --quiet --requirement requirements.lock \
 	&& $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable . \
 	&& touch $@; } || { rm -rf .venv; exit 1; }
+
+.venv-3.%/.installed: requirements.lock pyproject.toml
+	@echo "installing the pinned packages into .venv-3.$*, about a minute"
+	@rm -rf .venv-3.$*; \
+	{ python3.$* -m venv .venv-3.$* \
+	&& .venv-3.$*/bin/python -m pip install --quiet --requirement requirements.lock \
+	&& .venv-3.$*/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable . \
+	&& touch $@; } || { rm -rf .venv-3.$*; exit 1; }
 
 TORCH_PYTHON ?= python3.11
 TORCH_WHEELS ?= https://download.pytorch.org/whl/cpu/torch/
@@ -78,4 +93,4 @@ lock:
 	  > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean:
-	rm -rf .venv .venv-torch build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-torch .venv-3.* build dist *.egg-info .pytest_cache .ruff_cache
