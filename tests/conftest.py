@@ -1,7 +1,9 @@
 import contextlib
+import os
 
 import jax
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 # By processor time, longest first: started last, one of these would keep a worker after the others.
 LONGEST = ("test_resume.py", "test_finetuning.py", "test_methods.py", "test_processes.py")
@@ -14,6 +16,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "runs" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
+
+# What is drawn at random: a few cases, always the same, or with HYPOTHESIS_PROFILE=long many new.
+_UNHEALTHY = list(HealthCheck)
+_COMMON = dict(deadline=None, suppress_health_check=_UNHEALTHY, database=None)
+# A case that fails is shrunk in the long profile alone: that may take minutes.
+_QUICK = dict(derandomize=True, phases=[Phase.explicit, Phase.generate], **_COMMON)
+settings.register_profile("quick", max_examples=6, **_QUICK)
+settings.register_profile("long", max_examples=1000, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 @contextlib.contextmanager
