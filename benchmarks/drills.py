@@ -1,121 +1,202 @@
-"""Kills runs at random moments, and checks that what they end with is the same to the bit.
+"""Kills commands, damages files and mutates weights, and writes what came of it as a table.
 
-    python benchmarks/drills.py --kills 200 --out drills
+    python -m benchmarks.drills --kills 200 --damaged 1000 --mutated 50000
 
-A drill trains a small network through `train.py`, kills it by a random signal after a random time,
-starts the same command again, and so on until it finishes; then the digests of its checkpoint are
-compared with those of a run that nobody killed. Every drill is one line in `OUT/drills.jsonl`: the
-same command goes on where it was stopped. The table is written to `OUT/drills.md`.
+Each piece is one line of OUT/drills.jsonl: the same command goes on where it was stopped, and a
+larger number adds to what is there. What is checked is said in docs/drills.md, which the table is
+written to.
 """
 
 import argparse
 import collections
 import json
+import multiprocessing
 import os
-import platform
-import random
-import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import damage, kills
+
 ROOT = Path(__file__).parents[1]
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SIZES = ["--model", "digits_resnet8", "--epochs", "3", "--snapshot-steps", "5"]
-# Of a run that resumes: how it may end, by the signal that it was sent.
-CODES = {signal.SIGKILL: {-9}, **{s: {128 + s, -s} for s in SIGNALS[1:]}}
+DAMAGED = ("checkpoint", "spiking network", "snapshots")
+LAYOUTS = (".pth", ".pt", ".safetensors")
+PIECE = {"damaged": 50, "mutated": 2500}
+Row = dict[str, Any]
+START, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
-def start(workdir: Path, devices: int) -> subprocess.Popen[str]:
-    """Starts the run in a folder, on so many virtual devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "train.py", "digits_relu", *SIZES, "--num-devices", str(devices)]
-    return subprocess.Popen(
-        [*command, "--workdir", str(workdir)], cwd=ROOT, env=env, text=True, stdout=-1, stderr=-1
-    )
+class Record:
+    """What was seen so far, a line a piece."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def of(self, kind: str) -> list[Row]:
+        """The pieces of one kind."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def add(self, row: Row) -> None:
+        """Keeps a piece."""
+        self.rows.append(row)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
 
 
-def digests(workdir: Path) -> dict[str, str]:
-    """The digests of the checkpoint that a run ended with."""
-    return json.loads((workdir / "digits_relu/checkpoint/card.json").read_text())["digests"]
+def prepare(out: Path) -> Path:
+    """Makes a trained and a converted network, which some drills start from."""
+    prepared = out / "prepared"
+    for i, words in enumerate(
+        (kills.chain(prepared), ["convert", str(prepared / "digits_na/checkpoint")])
+    ):
+        made = prepared / "digits_na" / ("checkpoint", "snn")[i]
+        if not made.exists():
+            kills.finish(kills.Door(lambda _, words=words: [words]), out / f"prepare-{i}")
+    return prepared
 
 
-def whole(workdir: Path, devices: int) -> tuple[dict[str, str], float]:
-    """The digests of the run that nobody kills, and the seconds that it takes."""
-    started = time.monotonic()
-    if not (workdir / "digits_relu/checkpoint").exists():
-        process = start(workdir, devices)
-        _, err = process.communicate()
-        if process.returncode:
-            raise SystemExit(err)
-    return digests(workdir), max(time.monotonic() - started, 8.0)
+def drill_kills(asked: argparse.Namespace, record: Record) -> None:
+    """Kills door after door, until there are as many kills as asked for.
+
+    The next is the one that has taken least time so far: the quick ones are killed more often.
+    """
+    doors = kills.doors(prepare(asked.out))
+    names = asked.doors or list(doors)
+    while sum(len(row["kills"]) for row in record.of("kill")) < asked.kills:
+        seed = len(record.of("kill"))
+        taken = dict.fromkeys(names, 0.0)
+        for row in record.of("kill"):
+            if row["what"] in taken:
+                taken[row["what"]] += row["seconds"]
+        name = min(names, key=taken.__getitem__)
+        whole = asked.out / "whole" / name.replace(" ", "-").replace(",", "")
+        if not whole.exists():
+            seconds = kills.finish(doors[name], whole.with_suffix(".part"))
+            whole.with_suffix(".part").rename(whole)
+            whole.with_suffix(".seconds").write_text(str(seconds))
+        seconds = float(whole.with_suffix(".seconds").read_text())
+        folder = asked.out / "killed"
+        row = kills.drill(doors[name], folder, seconds, seed)
+        row |= {
+            "identical": kills.result(folder) == kills.result(whole),
+            "litter": kills.litter(folder),
+        }
+        record.add({"kind": "kill", "what": name, **row})
+        write_table(asked.table, record)
 
 
-def drill(workdir: Path, devices: int, longest: float, seed: int) -> dict[str, Any]:
-    """Kills a run until it is finished; how often, by what, and what went wrong."""
-    shutil.rmtree(workdir, ignore_errors=True)
-    chosen, kills, wrong = random.Random(seed), collections.Counter[str](), []
-    for _ in range(50):
-        process = start(workdir, devices)
-        sent = chosen.choice(SIGNALS)
-        try:
-            _, err = process.communicate(timeout=chosen.uniform(2, longest))
-        except subprocess.TimeoutExpired:
-            process.send_signal(sent)
-            _, err = process.communicate(timeout=120)
-            kills[sent.name] += process.returncode != 0
-            if process.returncode not in {0, *CODES[sent]}:
-                wrong.append(f"{sent.name}: code {process.returncode}")
-        if "Traceback" in err:
-            wrong.append(err.strip().splitlines()[-1])
-        if process.returncode == 0:
-            break
-        # A run must get on however it is killed: the time until the next kill grows.
-        longest *= 1.05
-    return {"seed": seed, "devices": devices, "kills": dict(kills), "wrong": wrong}
+def drill_damage(asked: argparse.Namespace, record: Record) -> None:
+    """Damages files, until there are as many as asked for; each piece in a process of its own."""
+    prepared = prepare(asked.out)
+    while (done := _damaged(record.of("damaged"))) < asked.damaged:
+        seed = len(record.of("damaged"))
+        kind, count = DAMAGED[seed % len(DAMAGED)], min(PIECE["damaged"], asked.damaged - done)
+        words = [str(x) for x in (kind, prepared, asked.out / "damaged", count, seed)]
+        code = (
+            "import json, sys; from pathlib import Path; from benchmarks.damage import *\n"
+            "kind, *paths, count, seed = sys.argv[1:]\n"
+            "print(json.dumps(read_damaged(kind, *map(Path, paths), int(count), int(seed))))"
+        )
+        lines = _python(["-c", code, *words]).splitlines()
+        record.add({"kind": "damaged", "what": kind, **json.loads(lines[-1])})
+        write_table(asked.table, record)
+
+
+def drill_mutations(asked: argparse.Namespace, record: Record) -> None:
+    """Mutates files of weights, until there are as many as asked for."""
+    while _damaged(record.of("mutated")) < asked.mutated:
+        seed = len(record.of("mutated"))
+        layout = LAYOUTS[seed % len(LAYOUTS)]
+        path = asked.out / f"weights{layout}"
+        damage.write_weights(path)
+        words = ["-m", "benchmarks.damage", str(path), str(PIECE["mutated"]), str(seed)]
+        read, refused = map(int, _python(words).split())
+        row = {"seed": seed, "read": read, "refused": refused, "wrong": []}
+        record.add({"kind": "mutated", "what": layout, **row})
+        write_table(asked.table, record)
+
+
+def _python(words: Sequence[str]) -> str:
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{words[:3]} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def _damaged(rows: Sequence[Row]) -> int:
+    return sum(row["read"] + row["refused"] + len(row["wrong"]) for row in rows)
+
+
+def write_table(path: Path, record: Record) -> None:
+    """Puts what was seen in the place of the table in a page."""
+    lines = [
+        "| command | kills | by | runs | identical to the bit | went wrong |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(row["what"] for row in record.of("kill")):
+        lines.append(_kill_line(name, [r for r in record.of("kill") if r["what"] == name]))
+    lines.append(_kill_line("all", record.of("kill")))
+    lines += ["", "| file | damaged | read whole | refused | went wrong |", "|---|---|---|---|---|"]
+    for kind in ("damaged", "mutated"):
+        for name in dict.fromkeys(row["what"] for row in record.of(kind)):
+            lines.append(_damage_line(name, [r for r in record.of(kind) if r["what"] == name]))
+    before, rest = path.read_text().split(START)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n\n{_seen()}\n\n{END}{after}")
+
+
+def _kill_line(name: str, rows: Sequence[Row]) -> str:
+    signals = collections.Counter(k for row in rows for k in row["kills"])
+    moments = collections.Counter(m for row in rows for m in row["moments"])
+    said = ", ".join(f"{count} {k}" for k, count in sorted(signals.items()))
+    same = sum(row["identical"] for row in rows)
+    where = f"; {moments['call']} in a system call" if moments["call"] else ""
+    return f"| {name} | {signals.total()} | {said}{where} | {len(rows)} | {same} | {_wrong(rows)} |"
+
+
+def _damage_line(name: str, rows: Sequence[Row]) -> str:
+    read, refused = (sum(row[k] for row in rows) for k in ("read", "refused"))
+    return f"| {name} | {_damaged(rows)} | {read} | {refused} | {_wrong(rows)} |"
+
+
+def _wrong(rows: Sequence[Row]) -> int:
+    return sum(len(row["wrong"]) + len(row.get("litter", ())) for row in rows)
+
+
+def _seen() -> str:
+    made = json.loads(_python(["-c", "import json; from nadaptor._provenance import provenance\n"
+                               "print(json.dumps(provenance()))"]))  # fmt: skip
+    return f"Seen on {made['date']} on a {made['machine']}, commit {made['commit']}."
 
 
 def main() -> None:
-    """Runs drills until there are as many kills as asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("drills"))
+    """Runs what is still to be run of each kind."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=200, help="in all")
+    parser.add_argument("--damaged", type=int, default=1000, help="files, in all")
+    parser.add_argument("--mutated", type=int, default=50_000, help="files of weights, in all")
+    parser.add_argument("--doors", nargs="*", help="to kill only these")
+    parser.add_argument("--out", type=Path, default=Path("drills"), help="folder for its work")
+    parser.add_argument("--table", type=Path, default=ROOT / "docs" / "drills.md")
     asked = parser.parse_args()
+    asked.out = asked.out.resolve()
     asked.out.mkdir(parents=True, exist_ok=True)
-    record = asked.out / "drills.jsonl"
-    rows = [json.loads(x) for x in record.read_text().splitlines()] if record.exists() else []
-    while sum(sum(row["kills"].values()) for row in rows) < asked.kills:
-        seed = len(rows)
-        devices = (1, 4)[seed % 2]
-        wanted, seconds = whole(asked.out / f"whole-{devices}", devices)
-        row = drill(asked.out / "killed", devices, seconds, seed)
-        finished = (asked.out / "killed/digits_relu/checkpoint").exists()
-        row["identical"] = finished and digests(asked.out / "killed") == wanted
-        rows.append(row)
-        with open(record, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(row, flush=True)
-        write_table(asked.out / "drills.md", rows)
-
-
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes what was seen: kills, runs, and how many of them ended the same."""
-    lines = [
-        "| devices | kills | runs | identical to the bit | went wrong |",
-        "|---|---|---|---|---|",
-    ]
-    for devices in sorted({row["devices"] for row in rows}):
-        mine = [row for row in rows if row["devices"] == devices]
-        kills = sum((collections.Counter(row["kills"]) for row in mine), collections.Counter())
-        said = ", ".join(f"{count} {name}" for name, count in sorted(kills.items()))
-        same, wrong = sum(row["identical"] for row in mine), sum(len(row["wrong"]) for row in mine)
-        lines.append(f"| {devices} | {kills.total()} ({said}) | {len(mine)} | {same} | {wrong} |")
-    where = f"{os.cpu_count()}-core {platform.machine()} CPU"
-    path.write_text("\n".join([*lines, "", f"Seen on a {where}."]) + "\n")
+    record = Record(asked.out / "drills.jsonl")
+    multiprocessing.get_context("forkserver").set_forkserver_preload(kills.PRELOADED)
+    drill_mutations(asked, record)
+    drill_damage(asked, record)
+    drill_kills(asked, record)
 
 
 if __name__ == "__main__":
