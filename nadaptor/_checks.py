@@ -84,6 +84,10 @@ def check_scale(scale: ArrayLike, shape: tuple[int, ...], name: str) -> jax.Arra
     return scale
 
 
+# Beyond them, 1 / scale in float32 is infinity or 0, as it is divided by here.
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**126
+
+
 def check_positive(scale: ArrayLike, name: str) -> ArrayLike:
     """Returns `scale`; where it is concrete, every value must be finite and positive.
 
@@ -96,6 +100,12 @@ def check_positive(scale: ArrayLike, name: str) -> ArrayLike:
             raise ValueError(
                 f"{name} must be finite and positive, not {wrong.flat[0]!r}; start it from data "
                 "and keep it positive in training by projecting to a small floor after each update"
+            )
+        beyond = values[(values < _SMALLEST_SCALE) | (values > _LARGEST_SCALE)]
+        if beyond.size:
+            raise ValueError(
+                f"{name} must be from {_SMALLEST_SCALE:.2g} to {_LARGEST_SCALE:.2g}, not "
+                f"{beyond.flat[0]:.3g}: one over it is no normal float32"
             )
     return scale
 
