@@ -36,7 +36,10 @@ PAGES = {
         "docs/quickstart", "docs/your_network", "docs/pretrained", "docs/choosing", "docs/coding",
         "docs/command_line", "docs/imagenet", "docs/paper_scale",
     ),
-    "How it works": ("docs/transformations", "docs/methods", "docs/design", "docs/glossary"),
+    "How it works": (
+        "docs/transformations", "docs/methods", "docs/numerics", "docs/drills", "docs/design",
+        "docs/glossary",
+    ),
     "Results": (
         "RESULTS", "docs/results/paper", "docs/results/fit", "docs/results/cifar10_cpu",
         "docs/results/digits", "docs/results/speed",

