@@ -17,8 +17,11 @@ MODULES = (
     "nadaptor.analysis",
     "nadaptor.recording",
     "nadaptor.operations",
+    "nadaptor.deployment",
     "nadaptor.models",
     "nadaptor.interop",
+    "nadaptor.interop.nir",
+    "nadaptor.interop.weights",
     "nadaptor.checkpoints",
     "nadaptor.training",
 )

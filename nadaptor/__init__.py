@@ -2,6 +2,7 @@
 
 from nadaptor._execution.conv_gradient import conv_general_dilated
 from nadaptor.corrections import OffsetSpikes, Srp
+from nadaptor.deployment import export
 from nadaptor.neurons import IntegrateAndFire, SignedIntegrateAndFire, StBif
 from nadaptor.operations import energy
 from nadaptor.quantization import quantize
@@ -21,6 +22,7 @@ __all__ = [
     "clipped_relu",
     "conv_general_dilated",
     "energy",
+    "export",
     "lsq",
     "noise_adaptor",
     "qcfs",

@@ -14,6 +14,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "train": "trains a named config",
         "convert": "converts a trained network to a spiking one",
         "simulate": "measures a spiking network at every time step",
+        "export": "writes a spiking network for what runs without this library",
         "study": "compares methods, levels, seeds and corrections",
         "finetune": "trains a spiking network through its first time steps",
         "demo": "does all of it on 8x8 digits, in minutes",

@@ -9,6 +9,7 @@ import tyro
 from nadaptor._files import check_writable
 from nadaptor.cli.command import program, refuse_idle, use_every_core
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
+from nadaptor.evaluation.exported import simulate_exported, write_exported
 from nadaptor.evaluation.report import simulate_checkpoint, write_report
 from nadaptor.neurons import Coding
 
@@ -28,20 +29,22 @@ def main(arguments: Sequence[str]) -> None:
 
 def simulate_command(
     checkpoint: Annotated[Path, tyro.conf.Positional],
-    num_steps: int = 32,
+    num_steps: int | None = None,
     split: Literal["validation", "test"] = "validation",
     coding: Coding = "rate",
     correction: CorrectionName = "none",
     correction_steps: int | None = None,
     num_images: int | None = None,
     data_dir: Path | None = None,
+    dataset: str | None = None,
     out: Path | None = None,
 ) -> None:
     """Prints accuracy at every time step, spikes and early exit; saves CSV, JSON and a plot.
 
     Args:
-        checkpoint: The folder that convert.py printed.
-        num_steps: T, time steps.
+        checkpoint: The folder that convert.py printed, or an artefact of nadaptor export, which has
+            its own T, coding and correction.
+        num_steps: T, time steps (32).
         split: Images to read; the test set is for final figures, not for choices.
         coding: How spikes carry a number: by their rate, or by their sum, which ends exactly at the
             quantized network and then falls silent.
@@ -49,11 +52,22 @@ def simulate_command(
         correction_steps: Steps of offset spikes (rho) or SRP (tau) before the T counted (4).
         num_images: First images of the split to measure on; by default all.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
+        dataset: Data set for an artefact of your own, whose sidecar names none.
         out: Folder for the files; by default "simulation-SPLIT" beside the checkpoint, with
             "-sum" or "-CORRECTION" at the end where it applies.
     """
+    if checkpoint.is_file():
+        options = {"--num-steps": num_steps, "--correction-steps": correction_steps}
+        options["--coding"] = None if coding == "rate" else coding
+        options["--correction"] = None if correction == "none" else correction
+        refuse_idle(options, "with an artefact, which has its own")
+        out = checkpoint.parent / f"simulation-{split}-exported" if out is None else out
+        measured = simulate_exported(checkpoint, split, dataset, data_dir, num_images)
+        return write_exported(measured, out)
+    refuse_idle({"--dataset": dataset}, "without an artefact of nadaptor export")
     if correction not in TWO_STAGES:
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
+    count = 32 if num_steps is None else num_steps
     steps = 4 if correction_steps is None else correction_steps
     inference = get_inference(correction, steps, coding)
     used = "sum" if coding == "sum" else correction
@@ -62,5 +76,5 @@ def simulate_command(
     if checkpoint.exists():
         # Before all the work, not after it; the folder is made when there is something to write.
         check_writable(next(folder for folder in (out, *out.parents) if folder.exists()))
-    report = simulate_checkpoint(checkpoint, num_steps, split, inference, data_dir, num_images)
+    report = simulate_checkpoint(checkpoint, count, split, inference, data_dir, num_images)
     write_report(report, out)

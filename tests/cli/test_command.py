@@ -13,6 +13,7 @@ from nadaptor.cli import main as console
 from nadaptor.cli.command import run_command, spread_over_cores
 from nadaptor.cli.main import COMMANDS
 from nadaptor.configs.named import CONFIGS
+from nadaptor.interop.weights import load_weights
 from nadaptor.models.registry import MODELS
 from nadaptor.studies import demo
 
@@ -64,6 +65,24 @@ def test_the_three_doors_do_the_whole_job(call, tiny, tmp_path):
     assert written == ["accuracy.csv", "accuracy.png", "report.json"]
 
 
+def test_an_exported_network_scores_what_the_spiking_one_does(call, nadaptor, runs, tmp_path):
+    snn, net = runs / "digits_na/snn", tmp_path / "net.jax"
+    code, out, err = nadaptor("export", snn, "--num-steps", 3, "--out", net)
+    assert (code, out) == (0, f"written: {net}\n"), err
+    sizes = ["--num-images", 40, "--out", tmp_path / "live"]
+    assert call("simulate.py", snn, "--num-steps", 3, *sizes)[0] == 0
+    assert call("simulate.py", net, "--num-images", 40, "--out", tmp_path / "exported")[0] == 0
+    live, exported = ((tmp_path / n / "accuracy.csv").read_text() for n in ("live", "exported"))
+    assert live == exported and len(live.splitlines()) == 4
+    content = net.read_bytes()
+    net.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(call("simulate.py", net), "net.jax is damaged")
+    net.with_name("net.jax.json").write_text("{}")
+    refused(call("simulate.py", net), "net.jax.json")
+    code, out, err = nadaptor("export", snn, "--form", "safetensors", "--out", tmp_path / "w")
+    assert code == 0 and "layer1_0.act1.threshold" in load_weights(tmp_path / "w")[0]
+
+
 def test_an_unknown_config_gets_a_suggestion(call, tmp_path):
     result = call("train.py", "digits_n", "--workdir", tmp_path / "new")
     refused(result, "train.py: unknown config 'digits_n'; did you mean 'digits_na'?")
@@ -98,6 +117,9 @@ def test_a_bad_override_is_named_and_nothing_is_written(call, tmp_path, option, 
         ("convert.py x --num-steps 8", "--num-steps", "without --calibrate mmse or --biases"),
         ("convert.py x --calibrate max --num-steps 8", "--num-steps", "mmse or --biases"),
         ("simulate.py x --correction-steps 4", "--correction-steps", "with --correction none"),
+        ("simulate.py x --dataset digits", "--dataset", "without an artefact"),
+        ("export x --form safetensors --num-steps 4", "--num-steps", "without --form jax"),
+        ("export x --correction-steps 4", "--correction-steps", "with --correction none"),
         ("train.py digits_na --new-head", "--new-head", "without --init-from"),
         ("train.py digits_na --evaluate-only --keep 3", "--keep", "with --evaluate-only"),
         ("train.py digits_relu --levels 4", "--levels", "with --activation relu"),

@@ -1,0 +1,101 @@
+"""A converted network as a file for what runs without this library."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from nadaptor.checkpoints.checkpoint import load_card
+from nadaptor.configs.config import to_json
+from nadaptor.configs.inference import PLAIN, Inference
+from nadaptor.conversion.convert import load_snn
+from nadaptor.data.config import DataConfig
+from nadaptor.data.registry import get_spec
+from nadaptor.data.source import PHOTOGRAPHS, Spec, normalize
+from nadaptor.deployment import export
+from nadaptor.interop.weights import named_weights, save_weights
+
+Form = Literal["jax", "safetensors"]
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    form: Form = "jax",
+    num_steps: int = 32,
+    inference: Inference = PLAIN,
+    data_dir: Path | None = None,
+) -> None:
+    """Writes a converted network as one file, and prints where it is.
+
+    The artefact takes pixels as they are stored, uint8, and normalises them inside.
+
+    Args:
+        checkpoint: folder that `convert` wrote.
+        out: file to write.
+        form: "jax", an artefact of `nadaptor.export`, or "safetensors", weights by name.
+        num_steps: T of the artefact.
+        inference: the neuron and the correction of the artefact.
+        data_dir: folder of data sets, for an image folder; None for the environment's.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, `num_steps` is below 1, or the data
+            set of its config is not known.
+        MissingPackageError: flatbuffers is not installed.
+    """
+    model, variables, config = load_snn(checkpoint)
+    card = load_card(checkpoint, "snn")
+    identity = card.get("data") or {}
+    if form == "safetensors":
+        levels = config.quantizer.levels
+        told = {"model": config.network.model, "levels": levels, "source": card["card_digest"]}
+        save_weights(out, named_weights(variables, levels), told)
+    else:
+        spec = stored_spec(config.data, data_dir)
+
+        def classify(variables: Any, images: jax.Array) -> Any:
+            return model.apply(variables, normalize(images, spec))
+
+        export(
+            out,
+            classify,
+            jax.tree.map(jnp.asarray, variables),
+            jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8),
+            num_steps=num_steps,
+            neuron=inference.neuron,
+            coding=inference.coding,
+            correction=inference.correction,
+            preprocessing=_preprocessing(spec),
+            class_names=identity.get("class_names"),
+            metadata={
+                "config": to_json(config),
+                "data": identity,
+                "source": card["card_digest"],
+            },
+        )
+    print(f"written: {out}")
+
+
+def stored_spec(data: DataConfig, data_dir: Path | None = None) -> Spec:
+    """Returns what a config's data set is, from its name alone, normalised as the config says.
+
+    Args:
+        data: the config's data fields.
+        data_dir: folder of data sets, for an image folder.
+    """
+    spec = get_spec(data.dataset, data_dir, image_size=data.image_size)
+    if data.normalization == "imagenet":
+        mean, deviation = PHOTOGRAPHS
+        return spec._replace(mean=mean, deviation=deviation)
+    return spec
+
+
+def _preprocessing(spec: Spec) -> dict[str, Any]:
+    height, width, channels = spec.image_shape
+    return {
+        "before": f"uint8 pixels, 0 to 255 or as stored, [batch, {height}, {width}, {channels}]",
+        "inside": "(pixels - mean) / deviation",
+        "mean": list(spec.mean),
+        "deviation": list(spec.deviation),
+    }
