@@ -57,9 +57,12 @@ def simulate_command(
             "-sum" or "-CORRECTION" at the end where it applies.
     """
     if checkpoint.is_file():
-        options = {"--num-steps": num_steps, "--correction-steps": correction_steps}
-        options["--coding"] = None if coding == "rate" else coding
-        options["--correction"] = None if correction == "none" else correction
+        options: dict[str, object] = {
+            "--num-steps": num_steps,
+            "--coding": None if coding == "rate" else coding,
+            "--correction": None if correction == "none" else correction,
+            "--correction-steps": correction_steps,
+        }
         refuse_idle(options, "with an artefact, which has its own")
         out = checkpoint.parent / f"simulation-{split}-exported" if out is None else out
         measured = simulate_exported(checkpoint, split, dataset, data_dir, num_images)

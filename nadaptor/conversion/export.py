@@ -86,8 +86,8 @@ def stored_spec(data: DataConfig, data_dir: Path | None = None) -> Spec:
     """
     spec = get_spec(data.dataset, data_dir, image_size=data.image_size)
     if data.normalization == "imagenet":
-        mean, deviation = PHOTOGRAPHS
-        return spec._replace(mean=mean, deviation=deviation)
+        mean, std = PHOTOGRAPHS
+        return spec._replace(mean=mean, std=std)
     return spec
 
 
@@ -95,7 +95,7 @@ def _preprocessing(spec: Spec) -> dict[str, Any]:
     height, width, channels = spec.image_shape
     return {
         "before": f"uint8 pixels, 0 to 255 or as stored, [batch, {height}, {width}, {channels}]",
-        "inside": "(pixels - mean) / deviation",
+        "inside": "(pixels - mean) / std",
         "mean": list(spec.mean),
-        "deviation": list(spec.deviation),
+        "std": list(spec.std),
     }

@@ -106,12 +106,14 @@ class Writer:
         if len(shape) == 1:
             node = nir.Affine(weight, bias) if bias.any() else nir.Linear(weight)
             return self.emit("linear", node, term.nodes)
-        inner, options = (term.inner if term.linear else shape[1:]), linear[1:4]
+        inner: Any = term.inner if term.linear else shape[1:]
+        stride: Any = linear.stride
+        padding: Any = linear.padding
+        dilation: Any = linear.dilation
         if len(inner) == 1:
-            stride, padding, dilation = (value[0] for value in options)
-            node = nir.Conv1d(inner[0], weight, stride, padding, dilation, 1, bias)
+            node = nir.Conv1d(inner[0], weight, stride[0], padding[0], dilation[0], 1, bias)
         else:
-            node = nir.Conv2d((inner[0], inner[1]), weight, *options, 1, bias)
+            node = nir.Conv2d(inner, weight, stride, padding, dilation, 1, bias)
         return self.emit("conv", node, term.nodes)
 
 

@@ -150,7 +150,7 @@ class Walker:
             raise Layout(dict(zip(x.axes, names, strict=False)))
         terms = []
         for term in self.writer.plain(x):
-            node = nir.Flatten(np.array(x.shape), start_dim=0, end_dim=-1)
+            node = nir.Flatten({"input": np.array(x.shape)}, start_dim=0, end_dim=-1)
             name = self.writer.emit("flatten", node, term.nodes)
             each = np.repeat(np.broadcast_to(term.scale, x.shape[:1]), int(np.prod(x.shape[1:])))
             terms.append(Term((name,), None, each if term.scale.ndim else term.scale, ()))
