@@ -51,6 +51,7 @@ def _assert_equal(ours, theirs):
 def small_tiles(monkeypatch):
     """Tiles of two images of 8x9 pixels, so that five are two tiles and a rest."""
     monkeypatch.setattr(conv_gradient, "TILE_VALUES", 2 * 8 * 9 * 3 * 3)
+    monkeypatch.setattr(conv_gradient, "TILE_PIXELS", 1)
 
 
 @pytest.mark.parametrize(
