@@ -28,7 +28,7 @@ from nadaptor.checkpoints.checkpoint import (
     shapes,
     versions,
 )
-from nadaptor.configs.config import from_json, to_json
+from nadaptor.configs.config import today
 from nadaptor.errors import PassingError, RunError
 
 METRIC = "validation_accuracy"
@@ -235,7 +235,7 @@ class Snapshots:
         from etils import epath
 
         full, card = read_card(self._folder / str(step)), self._read_card(step)
-        _check_same(_today(card.config), self._card.get("config", {}), self._folder)
+        _check_same(today(card.config), self._card.get("config", {}), self._folder)
         _check_same(card.data, self._card.get("data", {}), self._folder)
         try:
             files = self._folder / str(step) / "state"
@@ -325,14 +325,6 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pat
             f"{brief(wanted.get(field))}; resume it with its own, or choose another --workdir "
             "or --name"
         )
-
-
-def _today(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config by today's names; what is no config stays, and differs in its first field."""
-    try:
-        return to_json(from_json(config))
-    except ValueError:
-        return config
 
 
 def _line(error: Exception) -> str:

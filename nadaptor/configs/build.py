@@ -67,14 +67,14 @@ def _network(
     folded: bool,
 ) -> nn.Module:
     norm = None if folded else functools.partial(batch_norm, axis_name=axis_name)
-    options = {} if network.width is None else {"width": network.width}
+    chosen = {"width": network.width, "pool": network.pool}
     return create(
         network.model,
         num_classes,
         activation=activation_slot(quantizer, axis_name),
         norm=norm,
         dtype=jnp.dtype(dtype),
-        **options,
+        **{name: value for name, value in chosen.items() if value is not None},
     )
 
 

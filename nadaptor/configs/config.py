@@ -23,7 +23,7 @@ Prng = Literal["threefry2x32", "rbg", "unsafe_rbg"]
 Select = Literal["last", "best"]
 # Names that cards had before, and what they lacked.
 RENAMED: Mapping[str, str] = {"average_decay": "ema_decay", "scale_start": "scale_init"}
-ADDED: Mapping[str, Any] = {"width": None, "image_size": None}
+ADDED: Mapping[str, Any] = {"width": None, "image_size": None, "pool": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +186,21 @@ def to_json(config: Config) -> dict[str, Any]:
     They are flat, as on the command line, so that a group may change and cards stay readable.
     """
     return json.loads(json.dumps(fields_of(config)))
+
+
+def today(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the fields of a card as this version writes them; those of no config as they are.
+
+    Example:
+        >>> from nadaptor.configs.named import get_config
+        >>> old = {k: v for k, v in to_json(get_config("digits_na")).items() if k != "pool"}
+        >>> today(old) == to_json(get_config("digits_na"))
+        True
+    """
+    try:
+        return to_json(from_json(fields))
+    except ValueError:
+        return fields
 
 
 def from_json(fields: Mapping[str, Any]) -> Config:

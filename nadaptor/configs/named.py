@@ -39,6 +39,7 @@ def digits_relu() -> Config:
         image_size=None,
         model="digits_resnet20",
         width=None,
+        pool=None,
         seed=0,
         train_size=None,
         normalization="dataset",

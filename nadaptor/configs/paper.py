@@ -54,6 +54,7 @@ def cifar10_resnet18() -> Config:
         image_size=None,
         model="cifar_resnet18",
         width=None,
+        pool=None,
         seed=0,
         train_size=None,
         normalization="dataset",

@@ -8,12 +8,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 
 from nadaptor._checks import check_count, check_levels
 from nadaptor.models.activations import AnyLevel, ClippedRelu, Lsq, NoiseAdaptor, Relu, ScaleInit
+from nadaptor.models.layers import Pool
 from nadaptor.models.threshold_activations import Qcfs, SlipRelu, Ttrbr
 from nadaptor.quantizers import GradientMode
 
@@ -61,6 +62,9 @@ class NetworkConfig:
     model: str
     # Features of its first stage, of which the others are multiples; None for the network's own.
     width: int | None
+    # Its pools: "mean", which spikes can go through, or "max", as published; None for means. Of the
+    # stem of ResNets for photographs and the stages of VGGs; the others have none.
+    pool: Pool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,8 @@ def check_network(network: NetworkConfig, quantizer: QuantizerConfig) -> None:
     """
     if network.width is not None:
         check_count(network.width, "width")
+    if network.pool not in (None, *get_args(Pool)):
+        raise ValueError(f"pool must be one of {get_args(Pool)}, not {network.pool!r}")
     for levels in (quantizer.levels, *quantizer.drawn_levels):
         check_levels(levels)
     if not 0 < quantizer.initial_threshold < float("inf"):

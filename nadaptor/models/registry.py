@@ -64,6 +64,9 @@ MODELS: Mapping[str, functools.partial] = MappingProxyType(
     }
 )
 
+# The last dense layer of each, of which the one that a network has comes first here.
+HEADS = ("fc", "classifier_6", "classifier_1", "classifier")
+
 
 def create(
     name: str,
@@ -103,6 +106,11 @@ def create(
     check_name(name, MODELS, "model")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes!r}")
+    if "pool" in options and not _has_pool(name, options):
+        raise ValueError(
+            f"pool {options['pool']!r} cannot be had: {name} has no pool; leave it out, or choose "
+            "a network with one, such as resnet18"
+        )
     # Any: the type of a partial does not say that it makes a dataclass.
     network: Any = MODELS[name].func
     fields = {field.name: field for field in dataclasses.fields(network)}
@@ -111,3 +119,10 @@ def create(
         check_name(option, known, f"option of {name},")
     options |= {"activation": activation, "norm": norm, "dtype": dtype}
     return MODELS[name](num_classes=num_classes, **options)
+
+
+def _has_pool(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a network has pools of which a kind can be chosen: of the stem, or of stages."""
+    made: Any = MODELS[name]
+    stem = options.get("stem", made.keywords.get("stem", "imagenet"))
+    return made.func is Vgg or (made.func is ResNet and stem == "imagenet")

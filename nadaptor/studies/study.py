@@ -17,7 +17,7 @@ from nadaptor._checks import check_count
 from nadaptor._files import check_writable, hold, write_json
 from nadaptor._provenance import provenance
 from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
-from nadaptor.configs.config import Config, Dtype, replace, to_json
+from nadaptor.configs.config import Config, Dtype, replace, to_json, today
 from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.named import INHERITED, get_config
 from nadaptor.errors import HeldError, PassingError, RunError
@@ -298,9 +298,10 @@ def _read(path: Path, cell: Cell, study: Study) -> dict[str, Any]:
         fields_of(_Measured, found)
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    wanted = _settings(cell, study)
-    if found["settings"] != wanted:
-        names = [name for name, value in wanted.items() if found["settings"].get(name) != value]
+    wanted, settings = _settings(cell, study), found["settings"]
+    settings = {**settings, "config": today(settings.get("config", {}))}
+    if settings != wanted:
+        names = [name for name, value in wanted.items() if settings.get(name) != value]
         raise ValueError(
             f"{path} was measured with another {', '.join(names)}; choose another workdir"
         )

@@ -85,6 +85,7 @@ def test_a_parent_shares_data_model_and_seed_and_keeps_its_own_recipe():
         ("train_size", 0),
         ("width", 0),
         ("image_size", -8),
+        ("pool", "avg"),
         ("initial_threshold", 0.0),
     ],
 )
@@ -117,7 +118,7 @@ OLD_CARD = """
 def test_the_config_of_a_card_from_before_the_groups_is_read():
     read = from_json(json.loads(OLD_CARD))
     assert read == replace(get_config("digits_na"), ema_decay=0.25)
-    assert (read.network.width, read.data.image_size) == (None, None)
+    assert (read.network.width, read.network.pool, read.data.image_size) == (None, None, None)
 
 
 @pytest.mark.parametrize(

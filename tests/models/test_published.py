@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 import nadaptor
+from nadaptor.configs.build import build_model
+from nadaptor.configs.config import replace
+from nadaptor.configs.named import get_config
 from nadaptor.interop import from_torch
 from nadaptor.models import Lsq, create, fold_batch_norm
 from nadaptor.models.layers import pool_images
@@ -214,6 +217,23 @@ def test_the_stem_keeps_its_own_pool_where_asked():
     variables = jax.eval_shape(models[0].init, jax.random.key(0), x)
     text = [str(jax.make_jaxpr(model.apply)(variables, x)) for model in models]
     assert ["reduce_window_max" in t for t in text] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn"])
+def test_a_config_chooses_the_pools_of_a_network_that_has_some(name):
+    config = replace(get_config("imagenet_resnet18"), model=name, width=4)
+    pools = {
+        pool: build_model(replace(config, pool=pool), num_classes=3).pool
+        for pool in (None, "mean", "max")
+    }
+    assert pools == {None: "mean", "mean": "mean", "max": "max"}
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "cifar_resnet18", "mobilenet_v2"])
+def test_a_pool_is_refused_where_there_is_none(name):
+    config = replace(get_config("cifar10_resnet20"), model=name, pool="max")
+    with pytest.raises(ValueError, match=f"pool 'max' cannot be had: {name} has no pool"):
+        build_model(config)
 
 
 def test_dense_weights_after_a_flattened_map_are_put_in_its_order_or_refused():
