@@ -14,9 +14,18 @@ import jax.numpy as jnp
 from nadaptor._checks import check_count
 from nadaptor._execution.frames import OverTime, axes_with_time, check_frames
 from nadaptor._execution.placement import gather
+from nadaptor._execution.shards import in_shards
 from nadaptor._execution.steps import Carry, run_chunk
+from nadaptor._execution.tiles import example_axes
 from nadaptor.neurons import Coding, Neuron
-from nadaptor.simulation import Correction, Sizes, run_in_tiles, start_carry
+from nadaptor.simulation import (
+    Correction,
+    Sizes,
+    check_independent,
+    check_no_mesh,
+    run_in_tiles,
+    start_carry,
+)
 from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
 
 # Of both fields: the examples.
@@ -85,6 +94,7 @@ def simulate_with_early_exit(
     steps_per_chunk: int | None = None,
     tile_size: int | None = None,
     over_time: OverTime = (),
+    devices: Sequence[Any] | None = None,
     fast_convolution: bool = False,
 ) -> EarlyExit:
     """Simulates until every example of a tile is sure of its class, and for T steps at most.
@@ -107,6 +117,7 @@ def simulate_with_early_exit(
         steps_per_chunk: as for `nadaptor.simulate`.
         tile_size: as for `nadaptor.simulate`.
         over_time: as for `nadaptor.simulate`.
+        devices: as for `nadaptor.simulate`; each stops when its own examples have.
         fast_convolution: as for `nadaptor.simulate`.
 
     Returns:
@@ -153,7 +164,17 @@ def simulate_with_early_exit(
     options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine, over_time=over_time)
     convert = functools.partial(spiking, f, **options, fast_convolution=fast_convolution)
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
-    found = run_in_tiles(run, convert, args, in_axes, sizes, lambda *_: EarlyExit(*_AXES))
+
+    def run_part(*args: Any) -> EarlyExit:
+        return run_in_tiles(run, convert, args, in_axes, sizes, lambda *_: EarlyExit(*_AXES))
+
+    if devices is None:
+        found = run_part(*args)
+    else:
+        check_independent("devices", list(devices), in_axes)
+        check_no_mesh(args, "devices")
+        axes, number = example_axes(in_axes, args)
+        found = in_shards(run_part, args, axes, number, devices, lambda *_: EarlyExit(*_AXES))
     return jax.tree.map(lambda x: x[None], found)
 
 

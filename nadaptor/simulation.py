@@ -160,8 +160,8 @@ def simulate(
 
     if devices is None:
         return _together(run_part(*args))
-    _check_independent("devices", list(devices), in_axes)
-    _check_no_mesh(args, "devices")
+    check_independent("devices", list(devices), in_axes)
+    check_no_mesh(args, "devices")
     axes, number = example_axes(in_axes, args)
     net = convert(*args)
     check_example_outputs(net.output_shapes, number)
@@ -198,7 +198,7 @@ def run_in_tiles(
     for name, value in (("steps_per_chunk", steps_per_chunk), ("tile_size", tile_size)):
         _ = value is None or check_count(value, name)
     if tile_size is not None:
-        _check_independent("tile_size", tile_size, in_axes)
+        check_independent("tile_size", tile_size, in_axes)
     net = convert(*args)
     if in_axes is None:
         return run(net, net.prepare(*args), min(steps_per_chunk or 1, num_steps))
@@ -208,7 +208,7 @@ def run_in_tiles(
     tile, chunk = choose_sizes(shapes, number, num_steps, jax.default_backend())
     leaves = jax.tree.leaves(args)
     if any(a is not None and explicit_axes(x, a) for x, a in zip(leaves, axes, strict=True)):
-        _ = tile_size is None or _check_no_mesh(args, "tile_size")
+        _ = tile_size is None or check_no_mesh(args, "tile_size")
         # Each device has a part of the examples already, and XLA does not fold steps into it.
         tile, chunk = number, 1
     tile, chunk = tile_size or tile, min(steps_per_chunk or chunk, num_steps)
@@ -295,7 +295,8 @@ def _together(sim: Simulation) -> Simulation:
     return sim if sim.settled is None else sim._replace(settled=sim.settled.max())
 
 
-def _check_no_mesh(args: Any, name: str) -> None:
+def check_no_mesh(args: Any, name: str) -> None:
+    """Raises a ValueError where an explicit mesh shares the examples already."""
     for x in jax.tree.leaves(args):
         if axes := explicit_axes(x):
             raise ValueError(
@@ -304,7 +305,8 @@ def _check_no_mesh(args: Any, name: str) -> None:
             )
 
 
-def _check_independent(name: str, value: Any, in_axes: Any) -> None:
+def check_independent(name: str, value: Any, in_axes: Any) -> None:
+    """Raises a ValueError for an option that parts the examples, without `in_axes`."""
     if in_axes is None:
         raise ValueError(
             f"{name}={value} needs in_axes, as in jax.vmap, to say which axes of the arguments "

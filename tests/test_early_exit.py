@@ -53,8 +53,9 @@ STEPS = 9
         {"steps_per_chunk": 4},
         {"in_axes": (None, 0), "tile_size": 4, "steps_per_chunk": 2},
         {"correction": nadaptor.OffsetSpikes(2)},
+        {"in_axes": (None, 0), "devices": jax.devices()[:2], "steps_per_chunk": 2},
     ],
-    ids=["plain", "chunks", "tiles", "correction"],
+    ids=["plain", "chunks", "tiles", "correction", "devices"],
 )
 def test_running_until_sure_gives_what_the_whole_simulation_gives(confidence, options):
     sim = nadaptor.simulate(classify, WEIGHTS, INPUTS, num_steps=STEPS, **options)
@@ -89,4 +90,11 @@ def test_outputs_that_are_no_logits_are_refused():
     with pytest.raises(ValueError, match=r"logits \[B, classes\], not \(6,\)"):
         simulate_with_early_exit(
             lambda x: nadaptor.lsq(x, 0.5, 2), INPUTS[0], num_steps=2, confidence=0.5
+        )
+
+
+def test_devices_need_examples_that_are_independent():
+    with pytest.raises(ValueError, match=r"devices=.* needs in_axes"):
+        simulate_with_early_exit(
+            classify, WEIGHTS, INPUTS, num_steps=2, confidence=0.5, devices=jax.devices()[:1]
         )
