@@ -19,7 +19,7 @@ import numpy as np
 
 from nadaptor import simulate
 from nadaptor._files import write_csv
-from nadaptor.conversion.calibrate import CalibrationOptions, calibrate_resnet
+from nadaptor.conversion.calibrate import CalibrationOptions, calibrate_model
 from nadaptor.interop.pretrained import load_pretrained
 from nadaptor.models import ClippedRelu, create, fold_batch_norm
 
@@ -57,7 +57,7 @@ def main(
     steps = [t for t in (4, 8, 16, 32, 64, 128) if t <= num_steps]
     rows = []
     for name, options in SETTINGS.items():
-        found = calibrate_resnet(model, variables, calibration, options)
+        found = calibrate_model(model, variables, calibration, options)
         accuracy = measure(model, found, images, labels, num_steps)
         at = {f"T = {t}": _percent(accuracy[t - 1]) for t in steps}
         rows.append({"calibration": name, "images": num_images, "ANN": ann, **at})

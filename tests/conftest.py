@@ -67,3 +67,29 @@ def runs(tiny, tmp_path_factory):
         train(tiny, workdir)
         convert(workdir / "digits_na" / "checkpoint", workdir / "digits_na" / "snn")
     return workdir
+
+
+@pytest.fixture(scope="session")
+def torch_layout():
+    """Weights by torch's names, the inverse of what the reader does."""
+    import numpy as np
+    from flax import traverse_util
+
+    def layout(variables):
+        running = {"mean": "running_mean", "var": "running_var"}
+        leaves = {"scale": "weight", "kernel": "weight", **running}
+        state = {}
+        for path, leaf in traverse_util.flatten_dict(variables).items():
+            *place, name = path[1:]
+            module = ".".join(place).replace("_norm", "").replace("_", ".")
+            if place[-1].endswith("_norm"):
+                downsample = "downsample" in module
+                module = f"{module}.1" if downsample else module.replace("conv", "bn")
+            elif "downsample" in module:
+                module = f"{module}.0"
+            axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(np.ndim(leaf))
+            array = np.transpose(leaf, axes) if axes else leaf
+            state[f"{module}.{leaves.get(name, name)}"] = np.ascontiguousarray(array)
+        return state
+
+    return layout

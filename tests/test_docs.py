@@ -66,7 +66,14 @@ def options_of(command):
         kinds = (TrainCommand, Options, Config, *map(type, groups(get_config("digits_na"))))
         return {field.name for kind in kinds for field in dataclasses.fields(kind)}
     module = importlib.import_module(f"nadaptor.cli.{command}")
-    return set(inspect.signature(getattr(module, f"{command}_command")).parameters)
+    taken = inspect.signature(getattr(module, f"{command}_command")).parameters.values()
+    of_groups = {
+        field.name
+        for parameter in taken
+        if dataclasses.is_dataclass(parameter.default)
+        for field in dataclasses.fields(parameter.default)
+    }
+    return {parameter.name for parameter in taken} | of_groups
 
 
 def groups(config):

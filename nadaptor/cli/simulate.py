@@ -9,6 +9,7 @@ import tyro
 from nadaptor._files import check_writable
 from nadaptor.cli.command import program, refuse_idle, use_every_core
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
+from nadaptor.conversion.convert import load_spikes
 from nadaptor.evaluation.exported import simulate_exported, write_exported
 from nadaptor.evaluation.report import simulate_checkpoint, write_report
 from nadaptor.neurons import Coding
@@ -31,10 +32,12 @@ def simulate_command(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     num_steps: int | None = None,
     split: Literal["validation", "test"] = "validation",
-    coding: Coding = "rate",
+    coding: Coding | None = None,
     correction: CorrectionName = "none",
     correction_steps: int | None = None,
     num_images: int | None = None,
+    confidence: float | None = None,
+    fast_convolution: bool = False,
     data_dir: Path | None = None,
     dataset: str | None = None,
     out: Path | None = None,
@@ -47,10 +50,13 @@ def simulate_command(
         num_steps: T, time steps (32).
         split: Images to read; the test set is for final figures, not for choices.
         coding: How spikes carry a number: by their rate, or by their sum, which ends exactly at the
-            quantized network and then falls silent.
+            quantized network and then falls silent. By default as it was converted.
         correction: How to counter occasional noise at inference.
         correction_steps: Steps of offset spikes (rho) or SRP (tau) before the T counted (4).
         num_images: First images of the split to measure on; by default all.
+        confidence: Softmax probability at which an image stops, in a second simulation that does
+            not run the steps left over.
+        fast_convolution: Use Winograd's convolutions: faster on a CPU, and a few spikes may flip.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         dataset: Data set for an artefact of your own, whose sidecar names none.
         out: Folder for the files; by default "simulation-SPLIT" beside the checkpoint, with
@@ -59,9 +65,11 @@ def simulate_command(
     if checkpoint.is_file():
         options: dict[str, object] = {
             "--num-steps": num_steps,
-            "--coding": None if coding == "rate" else coding,
+            "--coding": coding,
             "--correction": None if correction == "none" else correction,
             "--correction-steps": correction_steps,
+            "--confidence": confidence,
+            "--fast-convolution": fast_convolution,
         }
         refuse_idle(options, "with an artefact, which has its own")
         out = checkpoint.parent / f"simulation-{split}-exported" if out is None else out
@@ -71,13 +79,21 @@ def simulate_command(
     if correction not in TWO_STAGES:
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
     count = 32 if num_steps is None else num_steps
-    steps = 4 if correction_steps is None else correction_steps
-    inference = get_inference(correction, steps, coding)
+    spikes = load_spikes(checkpoint)
+    coding = coding or spikes.coding
+    inference = get_inference(
+        correction,
+        4 if correction_steps is None else correction_steps,
+        coding,
+        spikes.nonaffine if coding == spikes.coding else "refuse",
+        fast_convolution,
+    )
     used = "sum" if coding == "sum" else correction
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out
-    if checkpoint.exists():
-        # Before all the work, not after it; the folder is made when there is something to write.
-        check_writable(next(folder for folder in (out, *out.parents) if folder.exists()))
-    report = simulate_checkpoint(checkpoint, count, split, inference, data_dir, num_images)
+    # Before all the work, not after it; the folder is made when there is something to write.
+    check_writable(next(folder for folder in (out, *out.parents) if folder.exists()))
+    report = simulate_checkpoint(
+        checkpoint, count, split, inference, data_dir, num_images, confidence
+    )
     write_report(report, out)

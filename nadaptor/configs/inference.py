@@ -1,4 +1,4 @@
-"""How a converted network is run: the corrections by name, as the command line and the study do."""
+"""How a converted network is run: its coding, and the corrections by name."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp, StBif
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction
+from nadaptor.transformation import Nonaffine
 
 CorrectionName = Literal[
     "none", "negative-spikes", "offset-spikes", "offset-spikes-published", "srp"
@@ -21,11 +22,23 @@ TWO_STAGES: Mapping[str, Callable[[int], Any]] = {
 CORRECTIONS: tuple[CorrectionName, ...] = get_args(CorrectionName)
 
 
+class Spikes(NamedTuple):
+    """How the spikes of a network carry numbers; what its card keeps."""
+
+    coding: Coding = "rate"
+    nonaffine: Nonaffine = "refuse"
+
+
+RATES = Spikes()
+
+
 class Inference(NamedTuple):
-    """The neuron and the correction to simulate with."""
+    """What to simulate a network with."""
 
     neuron: Neuron
     correction: Correction | None
+    nonaffine: Nonaffine = "refuse"  # what to do where an operation on rates is not affine
+    fast_convolution: bool = False  # faster on a CPU, and a few spikes may flip
 
     @property
     def coding(self) -> Coding:
@@ -38,7 +51,11 @@ class Inference(NamedTuple):
 
 
 def get_inference(
-    name: CorrectionName, num_steps: int = 4, coding: Coding = "rate"
+    name: CorrectionName,
+    num_steps: int = 4,
+    coding: Coding = "rate",
+    nonaffine: Nonaffine = "refuse",
+    fast_convolution: bool = False,
 ) -> Inference:
     """Returns what a correction's name stands for.
 
@@ -46,9 +63,11 @@ def get_inference(
         name: one of `CORRECTIONS`.
         num_steps: steps of the first stage: rho of offset spikes, tau of SRP. The others have none.
         coding: "rate", or "sum", which goes with "none" only.
+        nonaffine: as for `nadaptor.spiking`.
+        fast_convolution: as for `nadaptor.spiking`.
 
     Returns:
-        The neuron and the correction.
+        What to simulate with.
 
     Raises:
         ValueError: the name is unknown, `num_steps` is not a positive int, or there is a correction
@@ -66,9 +85,10 @@ def get_inference(
                 f"{name} corrects rates, and sum coding ends at the quantized network without it; "
                 "leave the correction out, or use rate coding"
             )
-        return Inference(StBif(), None)
+        return Inference(StBif(), None, nonaffine, fast_convolution)
     neuron = SignedIntegrateAndFire() if name == "negative-spikes" else IntegrateAndFire()
-    return Inference(neuron, TWO_STAGES[name](num_steps) if name in TWO_STAGES else None)
+    correction = TWO_STAGES[name](num_steps) if name in TWO_STAGES else None
+    return Inference(neuron, correction, nonaffine, fast_convolution)
 
 
 PLAIN = get_inference("none")

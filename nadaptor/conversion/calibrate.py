@@ -1,4 +1,4 @@
-"""Conversion without training: a full-precision ResNet, its thresholds measured on images."""
+"""Conversion without training: a full-precision network, its thresholds measured on images."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,12 +21,15 @@ from nadaptor.calibration import (
     mmse,
     percentile,
 )
-from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from nadaptor.configs.config import from_json, replace, to_json
-from nadaptor.conversion.convert import build_folded, class_count
+from nadaptor.checkpoints.checkpoint import save_checkpoint
+from nadaptor.configs.config import replace, to_json
+from nadaptor.configs.inference import Spikes
+from nadaptor.conversion.convert import build_folded, check_spikes, class_count, show_analog
+from nadaptor.conversion.origin import Weights, check_free, open_origin
 from nadaptor.data.loader import load_images
 from nadaptor.data.registry import open_split
 from nadaptor.models import Relu, fold_batch_norm
+from nadaptor.transformation import Nonaffine
 
 RuleName = Literal["percentile", "max", "mmse"]
 
@@ -49,55 +52,72 @@ class CalibrationOptions:
 
 @making("out")
 def convert_calibrated(
-    checkpoint: Path, out: Path, options: CalibrationOptions, data_dir: Path | None = None
+    source: Path | Weights,
+    out: Path,
+    options: CalibrationOptions,
+    data_dir: Path | None = None,
+    nonaffine: Nonaffine = "refuse",
 ) -> None:
     """Converts a trained full-precision network with no further training.
 
     Args:
-        checkpoint: folder of a network trained with "relu".
+        source: folder of a network trained with "relu", or a file of weights and its config.
         out: folder to make; `load_snn` and `simulate_checkpoint` read it.
         options: how to calibrate.
         data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
+        nonaffine: what to do where an operation between neurons is not affine, as a max-pool; kept
+            in the card. A calibration is for rates.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged or not of full precision, `out`
-            exists, or the data set's classes or files are not those of its training.
+        ValueError: there is no such checkpoint or file, it is damaged or not of full precision,
+            `out` exists, the data set's classes or files are not those of its training, or an
+            operation is not affine and `nonaffine` is "refuse".
     """
-    if out.exists():
-        raise ValueError(f"{out} exists already; choose another --out or remove it")
-    variables, card = load_checkpoint(checkpoint, "ann")
-    config = from_json(card["config"])
-    activation = config.quantizer.activation
+    check_free(out)
+    origin = open_origin(source, data_dir)
+    config, activation = origin.config, origin.config.quantizer.activation
     if activation != "relu":
+        which = origin.name if isinstance(source, Path) else config.name
         raise ValueError(
-            f"{checkpoint} was trained with {activation!r}, which has thresholds of its "
-            "own; convert it without --calibrate"
+            f"{which} is trained with {activation!r}, which has thresholds of its own; convert it "
+            "without --calibrate"
         )
-    source = open_split(config.data, "train", data_dir, options.num_images, card.get("data"))
-    images = jnp.asarray(load_images(source).images)
+    images = open_split(config.data, "train", data_dir, options.num_images, origin.data)
     clipped = replace(config, activation="clipped_relu")
-    model = build_folded(clipped, class_count(variables))
-    calibrated = calibrate_resnet(model, fold_batch_norm(variables), images, options)
+    classes = class_count(origin.variables)
+    spikes = Spikes("rate", nonaffine)
+    ways = check_spikes(clipped, classes, images.spec.image_shape, spikes)
+    show_analog(ways)
+    model = build_folded(clipped, classes)
+    folded = fold_batch_norm(origin.variables)
+    batch = jnp.asarray(load_images(images).images)
+    calibrated = calibrate_model(model, folded, batch, options, nonaffine)
     card = {
+        **ways,
         "config": to_json(clipped),
-        "parent": card["card_digest"],
-        "calibration": {**dataclasses.asdict(options), "num_images": source.size},
-        "data": card.get("data"),
+        "parent": origin.parent,
+        "calibration": {**dataclasses.asdict(options), "num_images": images.size},
+        "data": origin.data,
     }
     save_checkpoint(out, "snn", calibrated, card)
     print(f"spiking network: {out}")
 
 
-def calibrate_resnet(
-    model: nn.Module, variables: Mapping[str, Any], images: jax.Array, options: CalibrationOptions
+def calibrate_model(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    images: jax.Array,
+    options: CalibrationOptions,
+    nonaffine: Nonaffine = "refuse",
 ) -> dict[str, Any]:
-    """Measures the thresholds of a folded ResNet, and its biases where asked.
+    """Measures the thresholds of a folded network, and of a ResNet its biases where asked.
 
     Args:
-        model: a `nadaptor.models.ResNet` with `norm=None`; its activations are replaced.
+        model: a network of `nadaptor.models` with `norm=None`; its activations are replaced.
         variables: its folded variables, without thresholds.
         images: [B, H, W, C], of the training set.
         options: how to calibrate.
+        nonaffine: as for `nadaptor.spiking`.
 
     Returns:
         The variables of the model with `ClippedRelu` activations: a `threshold` for each layer, and
@@ -107,7 +127,7 @@ def calibrate_resnet(
         ValueError: an option is out of its range, or the network cannot be converted.
     """
     relus = model.clone(activation=Relu)
-    found = _calibrate(relus, variables, images, options)
+    found = _calibrate(relus, variables, images, options, nonaffine)
     quantized = quantize(relus.apply, activation="clipped_relu")
     layers = [
         layer for layer in quantized.layers(variables, images[:1]) if layer.kind != "max_pool"
@@ -115,24 +135,44 @@ def calibrate_resnet(
     flat: dict[Any, Any] = dict(traverse_util.flatten_dict(variables["params"]))
     for layer, threshold, bias in zip(layers, found.thresholds, found.biases, strict=True):
         *block, activation = layer.name.split("/")[1:]
-        flat[(*block, activation, "threshold")] = threshold.reshape(())
+        threshold = threshold.reshape(())
+        threshold = threshold if layer.bound is None else jnp.minimum(threshold, layer.bound)
+        flat[(*block, activation, "threshold")] = threshold
+        if not options.biases:
+            continue
         # actN follows convN; a shortcut's bias enters the same sum.
         feeding = (*block, activation.replace("act", "conv"), "bias")
+        if feeding not in flat:
+            raise ValueError(
+                f"of {type(model).__name__} it is not known which bias feeds {layer.name}, as it "
+                "is of a ResNet; calibrate without --biases"
+            )
         flat[feeding] = flat[feeding] + bias.reshape(-1)
     return {**variables, "params": traverse_util.unflatten_dict(flat)}
 
 
 def _calibrate(
-    model: nn.Module, variables: Any, images: jax.Array, options: CalibrationOptions
+    model: nn.Module,
+    variables: Any,
+    images: jax.Array,
+    options: CalibrationOptions,
+    nonaffine: Nonaffine,
 ) -> Calibration:
     rule = _rule(options)
 
     def run(variables: Any, images: jax.Array) -> Calibration:
-        found = calibrate_thresholds(model.apply, variables, images, rule=rule)
+        found = calibrate_thresholds(
+            model.apply, variables, images, rule=rule, nonaffine=nonaffine
+        )
         if not options.biases:
             return found
         return calibrate_biases(
-            model.apply, variables, images, calibration=found, num_steps=options.num_steps
+            model.apply,
+            variables,
+            images,
+            calibration=found,
+            num_steps=options.num_steps,
+            nonaffine=nonaffine,
         )
 
     return jax.jit(run)(variables, jnp.asarray(images))

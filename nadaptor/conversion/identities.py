@@ -16,11 +16,15 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from nadaptor import simulate, spiking
+from nadaptor.configs.inference import RATES, Spikes
 from nadaptor.models import ClippedRelu, Lsq
 
 ROUNDING = 1e-4
 FLIPPED = 0.1
 SHORT, LONG = 8, 32
+# With sums: deep networks fall silent long before the bound.
+LONGEST = 256
+Measured = dict[str, tuple[Any, float]]
 
 
 class Check(NamedTuple):
@@ -48,15 +52,18 @@ def check_conversion(
     folded_variables: Mapping[str, Any],
     levels: int,
     images: jax.Array,
+    spikes: Spikes = RATES,
 ) -> list[Check]:
     """Measures the identities that tie a spiking network to the network it came from.
 
     With th = p*s the threshold of a layer: (d) folding changes nothing, measured on the network
     with clip(v, 0, th) in place of each activation, which is continuous, and on the logits of the
-    quantized one. (b) At T = 1 a neuron is the quantizer with one level of height th, whatever p:
-    the logits are those of the network with p = 1 and s = th. (c) A layer's mean output over T
-    steps of constant input is within th/T of clip(v, 0, th). (e) The outputs up to t do not depend
-    on T. (f) Nor does an image's output on the rest of its batch.
+    quantized one. (e) The outputs up to t do not depend on T. (f) Nor does an image's output on the
+    rest of its batch. With rates: (b) at T = 1 a neuron is the quantizer with one level of height
+    th, whatever p: the logits are those of the network with p = 1 and s = th. (c) A layer's mean
+    output over T steps of constant input is within th/T of clip(v, 0, th). With sums: (g) neurons
+    fall silent, K layers in a row after p + 2p(K - 1) steps at most, and (h) the logits are then
+    those of the quantized network.
 
     Args:
         model: the trained network, with batch norm.
@@ -65,22 +72,24 @@ def check_conversion(
         folded_variables: its variables.
         levels: p.
         images: [B, H, W, C], at least two.
+        spikes: how they carry numbers.
 
     Returns:
         One `Check` for each identity.
 
-    Source: Noise Adaptor, section 3; Bu et al., QCFS, 2022, for T = 1.
+    Source: Noise Adaptor, section 3; Bu et al., QCFS, 2022, for T = 1; You et al., SpikeZIP, 2024,
+    for sums.
     """
-    continuous, before, one_level = _variants(model, folded)
+    continuous, before, _ = _variants(model, folded)
     clipped = _logits(continuous, _rescaled(folded_variables, levels, "threshold"), images)
     unfolded = _logits(before, _rescaled(variables, levels, "threshold"), images)
-    binary = _logits(one_level, _rescaled(folded_variables, levels, "quant_scale"), images)
     quantized = [_logits(model, variables, images), _logits(folded, folded_variables, images)]
-    long = _outputs(folded, folded_variables, images, num_steps=LONG)
-    short = _outputs(folded, folded_variables, images, num_steps=SHORT)
+    run = functools.partial(_outputs, folded, spikes, folded_variables)
+    short, _ = run(images, num_steps=SHORT)
     half = len(images) // 2
-    halves = [images[:half], images[half : 2 * half]]
-    parts = [_outputs(folded, folded_variables, part, num_steps=SHORT) for part in halves]
+    parts = [run(x, num_steps=SHORT)[0] for x in (images[:half], images[half : 2 * half])]
+    measure = _checks_of_sums if spikes.coding == "sum" else _checks_of_rates
+    long, own = measure(model, folded, spikes, folded_variables, levels, images, quantized[1])
     named = {
         "folding, largest difference of the clipped network's logits, relative": (
             jnp.abs(unfolded - clipped).max() / jnp.abs(clipped).max(),
@@ -90,11 +99,7 @@ def check_conversion(
             _distance(*quantized),
             FLIPPED,
         ),
-        "T = 1 against the network with one level, relative distance": (
-            _distance(short[0], binary),
-            FLIPPED,
-        ),
-        f"outputs to t = {SHORT} for T = {SHORT} against T = {LONG}, relative distance": (
+        f"outputs to t = {SHORT} for T = {SHORT} against T = {len(long)}, relative distance": (
             _distance(short, long[:SHORT]),
             FLIPPED,
         ),
@@ -102,12 +107,56 @@ def check_conversion(
             _distance(short[:, : 2 * half], jnp.concatenate(parts, 1)),
             FLIPPED,
         ),
+        **own,
+    }
+    return [Check(name, float(measured), allowed) for name, (measured, allowed) in named.items()]
+
+
+def _checks_of_rates(
+    model: nn.Module,
+    folded: nn.Module,
+    spikes: Spikes,
+    variables: Mapping[str, Any],
+    levels: int,
+    images: jax.Array,
+    quantized: jax.Array,
+) -> tuple[jax.Array, Measured]:
+    """The outputs of a long run, and what holds of rates alone."""
+    one_level = _variants(model, folded)[2]
+    binary = _logits(one_level, _rescaled(variables, levels, "quant_scale"), images)
+    long, _ = _outputs(folded, spikes, variables, images, num_steps=LONG)
+    return long, {
+        "T = 1 against the network with one level, relative distance": (
+            _distance(long[0], binary),
+            FLIPPED,
+        ),
         f"a layer's largest error after {LONG} steps of constant input, in units of th/{LONG}": (
-            _layer_error(folded, folded_variables, images),
+            _layer_error(folded, spikes, variables, images),
             1.0,
         ),
     }
-    return [Check(name, float(measured), allowed) for name, (measured, allowed) in named.items()]
+
+
+def _checks_of_sums(
+    model: nn.Module,
+    folded: nn.Module,
+    spikes: Spikes,
+    variables: Mapping[str, Any],
+    levels: int,
+    images: jax.Array,
+    quantized: jax.Array,
+) -> tuple[jax.Array, Measured]:
+    """The outputs of a run until all is silent, and what holds of sums alone."""
+    layers = spiking(folded.apply, variables, images[:1], **spikes._asdict()).layers
+    steps = max(SHORT, min(levels + 2 * levels * (len(layers) - 1) + 1, LONGEST))
+    long, settled = _outputs(folded, spikes, variables, images, num_steps=steps)
+    return long, {
+        f"last step with a spike, of {steps}": (settled, steps - 1),
+        "outputs after the last spike against the quantized network, relative distance": (
+            _distance(long[-1], quantized),
+            FLIPPED,
+        ),
+    }
 
 
 # Cached, for jit to know a module again: Flax compares activation slots by identity.
@@ -139,10 +188,12 @@ def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sqrt(((a - b) ** 2).mean() / ((b - b.mean(-1, keepdims=True)) ** 2).mean())
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _layer_error(folded: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer_error(
+    folded: nn.Module, spikes: Spikes, variables: Any, images: jax.Array
+) -> jax.Array:
     """Of all layers, each fed with the analog values of the ones before."""
-    net = spiking(folded.apply, variables, images)
+    net = spiking(folded.apply, variables, images, **spikes._asdict())
 
     def fire(i: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         layer = net.layers[i]
@@ -166,6 +217,10 @@ def _logits(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
     return logits
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="num_steps")
-def _outputs(model: nn.Module, variables: Any, images: jax.Array, *, num_steps: int) -> jax.Array:
-    return simulate(model.apply, variables, images, num_steps=num_steps).outputs
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="num_steps")
+def _outputs(
+    model: nn.Module, spikes: Spikes, variables: Any, images: jax.Array, *, num_steps: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Outputs at every step, and with sums the last step with a spike."""
+    sim = simulate(model.apply, variables, images, num_steps=num_steps, **spikes._asdict())
+    return sim.outputs, sim.settled

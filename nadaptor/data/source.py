@@ -119,6 +119,19 @@ def printable(name: str) -> str:
     return shown if len(shown) <= LONGEST_NAME else f"{shown[:100]}...{shown[-100:]}"
 
 
+def describe(source: Source) -> dict[str, Any]:
+    """Returns what a checkpoint's card says of the data of its network.
+
+    Example:
+        >>> from nadaptor.data.digits import open_digits
+        >>> describe(open_digits("train", 150))["image_shape"]
+        [8, 8, 1]
+    """
+    said = {**source.identity, **source.spec._asdict()}
+    # As JSON gives it back: a tuple comes back as a list.
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in said.items()}
+
+
 def check_identity(source: Source, known: Mapping[str, Any]) -> Source:
     """Returns `source`, if it is of the data that a network was trained on.
 

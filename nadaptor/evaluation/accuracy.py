@@ -20,11 +20,12 @@ from nadaptor._checks import check_count
 from nadaptor.configs.inference import PLAIN, Inference
 from nadaptor.data.loader import Batch, evaluation_batches
 from nadaptor.data.source import Source, Spec, normalize
-from nadaptor.early_exit import early_exit
+from nadaptor.early_exit import early_exit, simulate_with_early_exit
 from nadaptor.parallel import AXIS, Devices
 
-# Images per device and batch.
-BATCH_SIZE = 128
+# Images per device and batch: so many, and of large ones so many that they have these pixels
+# together, because the activations of a batch lie in memory.
+BATCH_SIZE, PIXELS = 128, 32 * 224 * 224
 
 
 class SpikingAccuracy(NamedTuple):
@@ -32,8 +33,17 @@ class SpikingAccuracy(NamedTuple):
 
     accuracy: list[float]  # at index t - 1, the fraction that is right after t steps
     spikes_per_neuron: dict[str, float]  # a layer: mean over its neurons and the images, in T steps
+    mean_spikes: float  # the mean over the neurons of all layers and the images, in T steps
     early_exit: list[dict[str, float]]  # a threshold each: `confidence`, `accuracy`, `mean_steps`
     settled: int | None  # with sum coding: the last step at which a neuron sent a spike
+
+
+class ExitAccuracy(NamedTuple):
+    """What a simulation gives that stops where it is sure."""
+
+    confidence: float
+    accuracy: float  # fraction of the images that is right where they stop
+    mean_steps: float  # counted steps of an image, those of a correction not among them
 
 
 def ann_accuracy(
@@ -111,7 +121,8 @@ def snn_accuracy(
     num_steps = check_count(num_steps, "num_steps")
     spec, stops = source.spec, np.asarray(confidences, np.float32)
     one = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
-    layers = spiking(model.apply, variables, one, coding=inference.coding).layers
+    coding, nonaffine = inference.coding, inference.nonaffine
+    layers = spiking(model.apply, variables, one, coding=coding, nonaffine=nonaffine).layers
     variables = jax.device_put(variables)
     right, spikes = np.zeros(num_steps, np.int64), np.zeros(len(layers))
     exits, settled = np.zeros((2, len(stops)), np.int64), 0
@@ -130,18 +141,82 @@ def snn_accuracy(
         right, spikes = right + np.asarray(hits), spikes + np.asarray(counts, np.float64)
         exits = exits + np.asarray(stopped)
         settled = None if last is None or settled is None else max(settled, int(last))
-    means = spikes / (np.array([np.prod(layer.shape) for layer in layers]) * source.size)
+    neurons = np.array([np.prod(layer.shape) for layer in layers])
+    means = spikes / (neurons * source.size)
     named = {layer.name: float(mean) for layer, mean in zip(layers, means, strict=True)}
     rows = [
         {"confidence": float(c), "accuracy": float(a), "mean_steps": float(s)}
         for c, a, s in zip(confidences, *(exits / source.size), strict=True)
     ]
-    return SpikingAccuracy((right / source.size).tolist(), named, rows, settled)
+    mean = float(spikes.sum() / (neurons.sum() * source.size))
+    return SpikingAccuracy((right / source.size).tolist(), named, mean, rows, settled)
+
+
+def exit_accuracy(
+    model: nn.Module,
+    variables: Any,
+    source: Source,
+    num_steps: int,
+    confidence: float,
+    inference: Inference = PLAIN,
+) -> ExitAccuracy:
+    """Returns the accuracy of the spiking network where each image stops once it is sure.
+
+    The steps that no image of a tile needs any more are not run, as in
+    `nadaptor.early_exit.simulate_with_early_exit`; the result is the row of `early_exit` in
+    `snn_accuracy` for the same confidence, up to the rounding of sums.
+
+    Args:
+        model: as for `snn_accuracy`.
+        variables: its variables.
+        source: the split.
+        num_steps: T, the most steps of an image.
+        confidence: the largest softmax probability at which an image stops, above 0.
+        inference: as for `snn_accuracy`.
+
+    Returns:
+        The accuracy, and the mean of the steps that were counted.
+
+    Raises:
+        ValueError: as `snn_accuracy`, or the confidence is not between 0 and 1.
+    """
+    if not 0 < confidence <= 1:
+        raise ValueError(f"confidence must be above 0 and at most 1, not {confidence!r}")
+    num_steps, variables = check_count(num_steps, "num_steps"), jax.device_put(variables)
+    totals = np.zeros(2, np.int64)
+    for batch in _batches(source, jax.local_device_count()):
+        totals = totals + np.asarray(
+            _stop_batch(
+                model,
+                variables,
+                batch.images,
+                batch.labels,
+                confidence,
+                spec=source.spec,
+                num_steps=num_steps,
+                inference=inference,
+            )
+        )
+    right, steps = (totals / source.size).tolist()
+    return ExitAccuracy(confidence, right, steps)
+
+
+def batch_size(source: Source, parts: int = 1) -> int:
+    """Returns how many images to evaluate at once, a multiple of the parts.
+
+    Example:
+        >>> from nadaptor.data.registry import open_source
+        >>> batch_size(open_source("digits", "test", 150), 2)
+        256
+    """
+    height, width, _ = source.spec.image_shape
+    most = max(1, min(BATCH_SIZE, PIXELS // (height * width)))
+    return parts * min(most, -(-source.size // parts))
 
 
 def _batches(source: Source, parts: int, devices: Devices | None = None) -> Iterator[Batch]:
     """Evaluation batches of one size, so that one program serves all, which divides into parts."""
-    size = parts * min(BATCH_SIZE, -(-source.size // parts))
+    size = batch_size(source, parts)
     index, count = (devices.process_index, devices.process_count) if devices else (0, 1)
     stream = evaluation_batches(source, size, process_index=index, process_count=count)
     return _shown(stream, -(-source.size // size), hidden=index > 0)
@@ -204,11 +279,7 @@ def _simulate_batch(
         normalize(images, spec),
         num_steps=num_steps,
         steps_per_chunk=steps_per_chunk,
-        neuron=inference.neuron,
-        coding=inference.coding,
-        correction=inference.correction,
-        in_axes=(None, 0),
-        devices=None if jax.local_device_count() == 1 else jax.local_devices(),
+        **_how(inference),
     )
     real = labels >= 0
     spikes = [jnp.einsum("b...,b->", n.astype(jnp.float32), real) for n in sim.spike_counts]
@@ -216,3 +287,40 @@ def _simulate_batch(
     stopped = jnp.stack([(exits.predictions == labels).sum(1), (exits.steps * real).sum(1)])
     right = (sim.outputs.argmax(-1) == labels).sum(1)
     return right, jnp.stack(spikes), stopped, sim.settled
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("spec", "num_steps", "inference"))
+def _stop_batch(
+    model: nn.Module,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    confidence: float,
+    *,
+    spec: Spec,
+    num_steps: int,
+    inference: Inference,
+) -> jax.Array:
+    """Sums over the images with a label: right where they stop, and the steps until then."""
+    exits = simulate_with_early_exit(
+        model.apply,
+        variables,
+        normalize(images, spec),
+        num_steps=num_steps,
+        confidence=confidence,
+        **_how(inference),
+    )
+    return jnp.stack([(exits.predictions[0] == labels).sum(), exits.steps[0] @ (labels >= 0)])
+
+
+def _how(inference: Inference) -> dict[str, Any]:
+    """The options of a simulation of images that are independent, on all local devices."""
+    return {
+        "neuron": inference.neuron,
+        "coding": inference.coding,
+        "nonaffine": inference.nonaffine,
+        "correction": inference.correction,
+        "fast_convolution": inference.fast_convolution,
+        "in_axes": (None, 0),
+        "devices": None if jax.local_device_count() == 1 else jax.local_devices(),
+    }

@@ -11,11 +11,11 @@ from nadaptor._files import write_csv, write_json
 from nadaptor.checkpoints.checkpoint import load_card
 from nadaptor.configs.build import build_model
 from nadaptor.configs.config import Config, replace, to_json
-from nadaptor.configs.inference import PLAIN, Inference
-from nadaptor.conversion.convert import class_count, load_snn
+from nadaptor.configs.inference import Inference, get_inference
+from nadaptor.conversion.convert import check_coding, class_count, load_snn, load_spikes
 from nadaptor.data.registry import open_split
 from nadaptor.data.source import Source
-from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
+from nadaptor.evaluation.accuracy import ann_accuracy, exit_accuracy, snn_accuracy
 from nadaptor.models.config import ACTIVATIONS
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown, percent
@@ -28,9 +28,10 @@ def simulate_checkpoint(
     checkpoint: Path,
     num_steps: int,
     split: SplitToMeasure,
-    inference: Inference = PLAIN,
+    inference: Inference | None = None,
     data_dir: Path | None = None,
     num_images: int | None = None,
+    confidence: float | None = None,
 ) -> dict[str, Any]:
     """Measures a converted network on a split: as an ANN, and as an SNN at every t up to T.
 
@@ -38,17 +39,20 @@ def simulate_checkpoint(
         checkpoint: folder that `convert` wrote.
         num_steps: T.
         split: images to read; the test set is for final figures, not for choices.
-        inference: the neuron and the correction.
+        inference: the neuron, the correction and the coding; None for what the card says.
         data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
         num_images: the first images of the split to measure on; None for all.
+        confidence: softmax probability at which an image stops, in a simulation of its own that
+            does not run the steps left over; None for none.
 
     Returns:
         `ann_noisy` and `ann_deterministic`, accuracies of the quantized network with the noise on
         (amplitude of the config, also where it trained without; None for the activations that
         cannot have it) and off; `accuracy`, the spiking network's at t = 1 to T;
-        `spikes_per_neuron` of each layer in T steps; `settled`, with sum coding the last step with
-        a spike; `coding`; `early_exit`, accuracy and mean number of
-        steps where images stop once they are confident; `config`, `split`, `num_images`,
+        `spikes_per_neuron` of each layer in T steps and `mean_spikes` of all; `settled`, with sum
+        coding the last step with a spike; `coding` and `nonaffine`; `early_exit`, accuracy and mean
+        number of steps where images stop once they are confident; `stopped`, the same of the
+        simulation with `confidence`, or None; `config`, `split`, `num_images`,
         `num_steps` and `total_steps`, the correction's included. Accuracies are fractions, 0 to 1.
 
     Raises:
@@ -58,7 +62,15 @@ def simulate_checkpoint(
     check_count(num_steps, "num_steps")
     model, variables, config = load_snn(checkpoint)
     known = load_card(checkpoint, "snn").get("data")
+    if inference is None:
+        spikes = load_spikes(checkpoint)
+        inference = get_inference("none", coding=spikes.coding, nonaffine=spikes.nonaffine)
+    check_coding(config, inference.coding)
     images = open_split(config.data, split, data_dir, num_images, known)
+    stopped = None
+    if confidence is not None:
+        exits = exit_accuracy(model, variables, images, num_steps, confidence, inference)
+        stopped = exits._asdict()
     result = snn_accuracy(
         model, variables, images, num_steps, inference=inference, confidences=CONFIDENCES
     )
@@ -68,10 +80,13 @@ def simulate_checkpoint(
         "num_images": images.size,
         "num_steps": num_steps,
         "coding": inference.coding,
+        "nonaffine": inference.nonaffine,
+        "fast_convolution": inference.fast_convolution,
         "total_steps": inference.total_steps(num_steps),
         "ann_noisy": noisy_accuracy(config, variables, images),
         "ann_deterministic": ann_accuracy(model, variables, images),
         **result._asdict(),
+        "stopped": stopped,
     }
 
 
@@ -96,10 +111,17 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
         print(f"{f'T = {t}':>20} {percent(fraction)}")
     for layer, spikes in report["spikes_per_neuron"].items():
         print(f"{layer:>20} {spikes:.3f} spikes per neuron in {len(accuracy)} steps")
+    print(f"{'all layers':>20} {report['mean_spikes']:.3f} spikes per neuron")
+    print(f"{'coding':>20} {report['coding']}")
     print(f"{'network steps':>20} {report['total_steps']}, {len(accuracy)} of them counted")
     if report.get("settled") is not None:
         print(f"{'last spike':>20} at step {report['settled']}")
     print(f"\nEarly exit\n\n{markdown([_exit_row(row) for row in report['early_exit']])}")
+    if stopped := report["stopped"]:
+        print(
+            f"stopped at confidence {stopped['confidence']:g}: accuracy "
+            f"{percent(stopped['accuracy'])} after {stopped['mean_steps']:.2f} steps on average"
+        )
     print(f"written: {out}")
 
 

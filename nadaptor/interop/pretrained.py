@@ -8,6 +8,7 @@ circulation. Batch norm is kept; max-pools are mean pools in our networks, unles
 with `pool="max"`.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -83,6 +84,20 @@ def load_pretrained(
         ValueError: cannot read net.zip: the name must end in .safetensors, .pth, .pt, .th or .bin
     """
     return from_torch(read_state_dict(path), variables, new_head=new_head)
+
+
+def file_identity(path: str | Path) -> dict[str, str]:
+    """Returns a file's name and SHA-256: what a card says of the weights that a network has.
+
+    Args:
+        path: a file that can be read.
+
+    Example:
+        >>> file_identity(__file__)["file"]
+        'pretrained.py'
+    """
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return {"file": Path(path).name, "sha256": digest}
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:

@@ -21,7 +21,8 @@ from nadaptor._checks import check_count
 from nadaptor._files import making
 from nadaptor.checkpoints.checkpoint import load_card, save_checkpoint
 from nadaptor.configs.config import to_json
-from nadaptor.conversion.convert import load_snn
+from nadaptor.configs.inference import RATES
+from nadaptor.conversion.convert import load_snn, load_spikes
 from nadaptor.data.loader import batches
 from nadaptor.data.registry import open_split, steps_per_epoch
 from nadaptor.data.source import Spec, normalize
@@ -82,14 +83,19 @@ def fine_tune(
         The mean loss of each epoch.
 
     Raises:
-        ValueError: there is no such checkpoint, a count is not a positive int, the batch does not
-            divide among the devices, `out` exists, or the data set's classes or files are not those
-            that the network was trained on.
+        ValueError: there is no such checkpoint, it is not of rates, a count is not a positive int,
+            the batch does not divide among the devices, `out` exists, or the data set's classes or
+            files are not those of the training.
         RunError: the loss is not finite; nothing is written.
     """
     if out.exists():
         raise ValueError(f"{out} exists already; choose another --out or remove it")
     model, variables, config = load_snn(source)
+    if (spikes := load_spikes(source)) != RATES:
+        raise ValueError(
+            f"{source} was converted with coding {spikes.coding!r} and nonaffine "
+            f"{spikes.nonaffine!r}; fine-tuning in time is for rates and affine operations"
+        )
     parent = load_card(source, "snn")
     images = open_split(config.data, "train", data_dir, known=parent.get("data"))
     size = check_count(tuning.batch_size, "batch_size")

@@ -3,7 +3,6 @@
 It is built once; who trains, resumes or measures takes from it the placed step and the batches.
 """
 
-import hashlib
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from nadaptor.configs.config import Config, check_config, to_json
 from nadaptor.data.augmentation import augment_batch
 from nadaptor.data.loader import Batch, batches, part_of, step_indices
 from nadaptor.data.registry import open_split, steps_per_epoch
-from nadaptor.data.source import Source
+from nadaptor.data.source import Source, describe
 from nadaptor.parallel import STEP, Devices, Placed, check_batch, choose_devices, place_step
 from nadaptor.training.options import Options
 from nadaptor.training.state import TrainState, init_state
@@ -95,10 +94,7 @@ class Run(NamedTuple):
     @property
     def card(self) -> dict[str, Any]:
         """What a checkpoint says of its run, and what a resumed run must agree with."""
-        data = {**self.images.identity, **self.images.spec._asdict()}
-        # As JSON gives it back: a tuple comes back as a list.
-        data = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
-        return {"config": to_json(self.config), "data": data}
+        return {"config": to_json(self.config), "data": describe(self.images)}
 
 
 def open_run(
@@ -198,13 +194,12 @@ def read_weights(run: Run, path: Path) -> tuple[Any, dict[str, str]]:
     Raises:
         ValueError: the file cannot be read, or does not fit the network.
     """
-    from nadaptor.interop import load_pretrained
+    from nadaptor.interop.pretrained import file_identity, load_pretrained
 
     one = jnp.zeros((1, *run.images.spec.image_shape), jnp.float32)
     random = jax.jit(run.model.init)(run.keys.start, one)
     variables = load_pretrained(path, random, new_head=run.options.new_head)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return variables, {"file": path.name, "sha256": digest}
+    return variables, file_identity(path)
 
 
 def _is_resident(wanted: bool | None, config: Config, images: Source, devices: Devices) -> bool:

@@ -20,7 +20,7 @@ from nadaptor.configs.inference import get_inference
 from nadaptor.configs.named import get_config
 from nadaptor.conversion.calibrate import (
     CalibrationOptions,
-    calibrate_resnet,
+    calibrate_model,
     convert_calibrated,
 )
 from nadaptor.data import codec, image_folder
@@ -57,7 +57,7 @@ def test_thresholds_and_biases_are_written_where_the_network_reads_them(source, 
     folded = fold_batch_norm(variables)
     model = create("digits_resnet8", 10, norm=None)
     images = load_images(open_source("digits", "train", 150)).images[:32]
-    found = calibrate_resnet(model, folded, images, options)["params"]
+    found = calibrate_model(model, folded, images, options)["params"]
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(found)]
     assert sum(map(is_scale, paths)) == 7
     block = {k: v for k, v in found["layer2_0"].items() if not k.startswith("act")}
@@ -75,7 +75,7 @@ def test_calibrated_biases_help_a_network_of_few_steps(source):
 
     def error(biases):
         options = CalibrationOptions("percentile", biases=biases, num_steps=4)
-        found = calibrate_resnet(model, folded, images[:64], options)
+        found = calibrate_model(model, folded, images[:64], options)
         run = jax.jit(functools.partial(nadaptor.simulate, clipped.apply, num_steps=4))
         return float(jnp.abs(run(found, images[64:128]).outputs[-1] - wanted).mean())
 
@@ -131,7 +131,7 @@ def test_the_command_s_thresholds_are_the_library_s_on_the_config_s_own_images(
     assert images.shape == (24, 8, 8, 3)
     model = build_model(config, num_classes=2, folded=True)
     rule = CalibrationOptions("percentile")
-    wanted = calibrate_resnet(model, fold_batch_norm(variables), images, rule)
+    wanted = calibrate_model(model, fold_batch_norm(variables), images, rule)
     chex.assert_trees_all_close(found, jax.device_get(wanted), rtol=1e-6)
     assert card["calibration"]["num_images"] == 24
     command(

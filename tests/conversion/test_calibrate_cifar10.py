@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.calibrated_resnet20 import load_images, load_network, measure
-from nadaptor.conversion.calibrate import CalibrationOptions, calibrate_resnet
+from nadaptor.conversion.calibrate import CalibrationOptions, calibrate_model
 
 DATA_DIR = os.environ.get("NADAPTOR_DATA_DIR")
 WEIGHTS = "weights/resnet20-12fca82f.th"
@@ -23,7 +23,7 @@ def test_resnet20_calibrated_on_cifar10_comes_within_4_points_of_its_accuracy():
     images, labels = load_images(Path(DATA_DIR), "test", 100)
     right = np.asarray(jax.jit(model.apply)(variables, images)).argmax(-1) == labels
     calibration = load_images(Path(DATA_DIR), "train", 64)[0]
-    found = calibrate_resnet(model, variables, calibration, CalibrationOptions("percentile"))
+    found = calibrate_model(model, variables, calibration, CalibrationOptions("percentile"))
     accuracy = measure(model, found, images, labels, 64)
     assert right.mean() > 0.85
     assert abs(accuracy[63] - right.mean()) <= 0.04

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 import nadaptor
-from nadaptor.checkpoints.checkpoint import load_checkpoint
+from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from nadaptor.configs.inference import RATES, Spikes
 from nadaptor.conversion import convert as conversion
+from nadaptor.conversion import identities
+from nadaptor.conversion.convert import load_spikes
 from nadaptor.conversion.identities import Check, check_conversion
 from nadaptor.data.loader import load_images
 from nadaptor.data.registry import open_source
@@ -54,6 +57,44 @@ def test_every_kind_of_mistake_fails_a_check():
         checks = check_conversion(model, variables, folded, bad, p, images)
         failed = [check.name for check in checks if not check.holds]
         assert any(name in check for check in failed), (name, failed)
+
+
+def pooled(levels):
+    """A network with a max-pool between its layers, folded and not, and a batch."""
+    images = jax.random.normal(jax.random.key(0), (16, 16, 16, 3))
+    sizes = {"stage_sizes": (1,), "width": 4, "pool": "max"}
+    activation = functools.partial(Lsq, levels=levels)
+    model, folded = (
+        create("resnet18", 3, activation=activation, **sizes, **norm)
+        for norm in ({}, {"norm": None})
+    )
+    variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(1), images)
+    return model, variables, folded, fold_batch_norm(variables), levels, images
+
+
+@pytest.mark.parametrize("spikes", [Spikes(nonaffine="running_mean"), Spikes("sum")])
+def test_the_identities_hold_with_a_kept_pool_on_means_and_in_sums(spikes):
+    checks = check_conversion(*pooled(3), spikes)
+    assert len(checks) == 6
+    assert all(check.holds for check in checks), "\n".join(map(str, checks))
+    with pytest.raises(ValueError, match=r"max_pool.*nonaffine='running_mean'.*coding='sum'"):
+        check_conversion(*pooled(3))
+
+
+def test_sums_that_do_not_fall_silent_fail_a_check(monkeypatch):
+    monkeypatch.setattr(identities, "LONGEST", 1)  # 8 steps are run, as many as one layer needs
+    checks = check_conversion(*pooled(9), Spikes("sum"))
+    assert "last step with a spike, of 8" in [check.name for check in checks if not check.holds]
+
+
+def test_a_card_says_how_spikes_carry_numbers_and_an_old_one_that_they_are_rates(tmp_path):
+    arrays, config = {"w": np.zeros(1)}, {"config": {}}
+    for name, said in (("old", {}), ("new", {"coding": "sum"}), ("odd", {"coding": "phase"})):
+        save_checkpoint(tmp_path / name, "snn", arrays, {**config, **said})
+    assert load_spikes(tmp_path / "old") == RATES
+    assert load_spikes(tmp_path / "new") == Spikes("sum")
+    with pytest.raises(ValueError, match=r"odd is damaged: it says .*phase"):
+        load_spikes(tmp_path / "odd")
 
 
 def test_a_check_that_is_not_a_number_does_not_hold():

@@ -1,3 +1,4 @@
+import functools
 import os
 
 import chex
@@ -12,7 +13,7 @@ from nadaptor.conversion.convert import build_folded
 from nadaptor.data.loader import load_images
 from nadaptor.data.registry import open_source
 from nadaptor.evaluation import accuracy
-from nadaptor.evaluation.accuracy import BATCH_SIZE, ann_accuracy, snn_accuracy
+from nadaptor.evaluation.accuracy import BATCH_SIZE, ann_accuracy, exit_accuracy, snn_accuracy
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.training import load_snn, simulate_checkpoint, write_report
 
@@ -131,6 +132,45 @@ def test_with_sum_coding_a_settled_network_has_the_accuracy_of_the_quantized_one
     report = snn_accuracy(model, variables, source, num_steps=24, inference=inference)
     assert report.settled is not None and report.settled < 24
     assert report.accuracy[-1] == pytest.approx(ann_accuracy(model, variables, source))
+
+
+def test_images_that_stop_have_the_accuracy_and_steps_of_the_whole_simulation(snn, source):
+    model, variables, _ = snn
+    (row,) = snn_accuracy(model, variables, source, 8, confidences=(0.9,)).early_exit
+    found = exit_accuracy(model, variables, source, 8, 0.9)
+    assert found.accuracy == pytest.approx(row["accuracy"], abs=0.011)
+    assert found.mean_steps == pytest.approx(row["mean_steps"], abs=0.05)
+    assert 1 < found.mean_steps < 8
+    with pytest.raises(ValueError, match="confidence must be above 0 and at most 1, not 90"):
+        exit_accuracy(model, variables, source, 8, 90)
+
+
+@pytest.mark.parametrize("evaluate", [snn_accuracy, functools.partial(exit_accuracy, confidence=1)])
+def test_a_simulation_is_run_as_its_inference_says(snn, source, monkeypatch, evaluate):
+    model, variables, _ = snn
+    asked = []
+
+    def simulated(f, variables, images, **options):
+        asked.append(options)
+        raise InterruptedError
+
+    for name in ("simulate", "simulate_with_early_exit"):
+        monkeypatch.setattr(accuracy, name, simulated)
+    inference = get_inference("srp", 3, fast_convolution=True)
+    with pytest.raises(InterruptedError):
+        evaluate(model, variables, source, num_steps=2, inference=inference)
+    assert asked[0]["fast_convolution"] is True
+    assert asked[0]["correction"] == nadaptor.Srp(3)
+    assert len(asked[0]["devices"]) == jax.local_device_count()
+
+
+@pytest.mark.parametrize(
+    ("side", "images"), [(8, 128), (32, 128), (112, 128), (160, 62), (224, 32), (4000, 1)]
+)
+def test_a_batch_of_large_images_has_fewer_of_them(source, side, images):
+    spec = source.spec._replace(image_shape=(side, side, 3))
+    large = source._replace(spec=spec, size=100_000, read=None, resident=None)
+    assert accuracy.batch_size(large, 2) == 2 * images
 
 
 def test_corrections_of_rates_are_refused_with_sum_coding():

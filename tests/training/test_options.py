@@ -8,7 +8,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 from safetensors.numpy import save_file
 
 from nadaptor._files import hold
@@ -38,31 +37,13 @@ def small():
 
 
 @pytest.fixture(scope="module")
-def done(small, tmp_path_factory):
+def done(small, tmp_path_factory, torch_layout):
     """A trained network, and its weights as a file in torch's layout."""
     workdir = tmp_path_factory.mktemp("options")
     checkpoint = train(small, workdir)
     variables, _ = load_checkpoint(checkpoint, "ann")
     save_file(torch_layout(variables), workdir / "small.safetensors")
     return workdir, variables
-
-
-def torch_layout(variables):
-    """Weights by torch's names, the inverse of what the reader does."""
-    leaves = {"scale": "weight", "kernel": "weight", "mean": "running_mean", "var": "running_var"}
-    state = {}
-    for path, leaf in traverse_util.flatten_dict(variables).items():
-        *place, name = path[1:]
-        module = ".".join(place).replace("_norm", "").replace("_", ".")
-        if place[-1].endswith("_norm"):
-            downsample = "downsample" in module
-            module = f"{module}.1" if downsample else module.replace("conv", "bn")
-        elif "downsample" in module:
-            module = f"{module}.0"
-        axes = {4: (3, 2, 0, 1), 2: (1, 0)}.get(np.ndim(leaf))
-        array = np.transpose(leaf, axes) if axes else leaf
-        state[f"{module}.{leaves.get(name, name)}"] = np.ascontiguousarray(array)
-    return state
 
 
 def from_file(workdir, **changes):

@@ -1,0 +1,70 @@
+"""What a conversion begins with: a trained checkpoint, or a file of weights and its config."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nadaptor.checkpoints.checkpoint import load_checkpoint
+from nadaptor.configs.build import build_model
+from nadaptor.configs.config import Config, check_config, from_json, replace
+from nadaptor.data.registry import open_split
+from nadaptor.data.source import describe
+
+
+class Weights(NamedTuple):
+    """A file of weights in torch's layout, and the config that says what it is of."""
+
+    file: Path
+    config: Config  # its network, and its images with their split and normalisation
+
+
+class Origin(NamedTuple):
+    """A network to convert, before anything is measured."""
+
+    name: str  # of the checkpoint or the file, for messages
+    variables: Any  # with batch norm; without scales where they come from a file
+    config: Config
+    parent: str | dict[str, str]  # digest of the checkpoint's card, or what the file is
+    data: dict[str, Any] | None  # what the card of its training says of its data
+
+
+def open_origin(source: Path | Weights, data_dir: Path | None = None) -> Origin:
+    """Reads the network to convert.
+
+    Args:
+        source: folder of a trained network, as `train` returns it; or a file of weights.
+        data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR. A file says
+            nothing of its classes: they are those of the config's data set.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: there is no such checkpoint or file, it is damaged, it does not fit the config's
+            network and classes, or the data set is not there.
+    """
+    if isinstance(source, Path):
+        variables, card = load_checkpoint(source, "ann")
+        config = from_json(card["config"])
+        return Origin(str(source), variables, config, card["card_digest"], card.get("data"))
+    from nadaptor.interop.pretrained import file_identity, load_pretrained
+
+    file, config = source.file, check_config(source.config)
+    images = open_split(config.data, "train", data_dir)
+    plain = replace(config, activation="relu", dtype="float32")
+    model = build_model(plain, num_classes=images.spec.num_classes)
+    one = jax.ShapeDtypeStruct((1, *images.spec.image_shape), jnp.float32)
+    variables = load_pretrained(file, jax.eval_shape(model.init, jax.random.key(0), one))
+    return Origin(str(file), variables, config, file_identity(file), describe(images))
+
+
+def check_free(out: Path) -> None:
+    """Checks that there is nothing yet where a network is to be written.
+
+    Raises:
+        ValueError: there is.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; choose another --out or remove it")
