@@ -37,6 +37,8 @@ class Changes:
     pool: Pool | None = None
     # Data set, with --init-from; by default the config's.
     dataset: str | None = None
+    # Images held out of the training set, with --init-from; by default the config's.
+    validation_size: int | None = None
     # Pixels per side of an image, with --init-from; by default the config's.
     image_size: int | None = None
     # Whose mean and deviation normalise pixels, with --init-from; by default the config's.
