@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nadaptor._checks import check_count
+from nadaptor._execution.frames import OverTime, check_frames
 from nadaptor.neurons import Coding, Count, Neuron, State
 from nadaptor.simulation import Correction, start_carry
 from nadaptor.transformation import Nonaffine, SpikingNetwork, spiking
@@ -41,6 +42,7 @@ def record(
     coding: Coding = "rate",
     nonaffine: Nonaffine = "refuse",
     correction: Correction | None = None,
+    over_time: OverTime = (),
 ) -> Recording:
     """Records what chosen neurons do in each of T time steps.
 
@@ -62,6 +64,7 @@ def record(
         coding: as in `nadaptor.simulate`.
         nonaffine: as in `nadaptor.simulate`.
         correction: as in `nadaptor.simulate`; its own steps are not recorded.
+        over_time: as in `nadaptor.simulate`.
 
     Returns:
         A `LayerRecording` for each chosen layer by its name, time leading.
@@ -84,7 +87,9 @@ def record(
     unknown = [name for name in quantities if name not in QUANTITIES]
     if unknown or not quantities:
         raise ValueError(f"quantities={quantities!r}: name some of {', '.join(QUANTITIES)}")
-    net = spiking(f, *args, neuron=neuron, coding=coding, nonaffine=nonaffine)
+    check_frames(args, over_time, num_steps, correction)
+    options = dict(coding=coding, nonaffine=nonaffine, over_time=over_time)
+    net = spiking(f, *args, neuron=neuron, **options)
     chosen = _choose(net, layers)
     prepared = net.prepare(*args)
     start = start_carry(net, prepared, correction)

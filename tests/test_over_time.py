@@ -102,6 +102,20 @@ def test_a_correction_reads_the_first_frames_and_the_steps_read_all(correction):
     assert sim.total_steps == STEPS + 3
 
 
+def test_a_recording_sees_every_frame():
+    record = functools.partial(nadaptor.record, network, num_steps=STEPS, over_time=-1)
+    seen = jax.jit(record)(WEIGHTS, FRAMES)
+    first, last = seen.values()
+    x = jax.nn.relu(FRAMES) * FRAMES
+    np.testing.assert_array_equal(first.currents, x @ WEIGHTS[0] / 0.5)
+    spent = (first.spikes @ WEIGHTS[1] + x[..., :5]) / 0.25
+    np.testing.assert_array_equal(last.currents, spent)
+    for layer, count in zip(seen.values(), expected().spike_counts, strict=True):
+        np.testing.assert_array_equal(layer.spikes.sum(0), count)
+    with pytest.raises(ValueError, match="has 8 frames and num_steps is 7"):
+        record(WEIGHTS, FRAMES, num_steps=7)
+
+
 def test_early_exit_is_that_of_the_whole_simulation():
     options = dict(num_steps=STEPS, confidence=0.6, over_time=1, steps_per_chunk=2)
     exits = simulate_with_early_exit(
