@@ -65,7 +65,7 @@ MODELS: Mapping[str, functools.partial] = MappingProxyType(
 )
 
 # The last dense layer of each, of which the one that a network has comes first here.
-HEADS = ("fc", "classifier_6", "classifier_1", "classifier")
+HEADS = ("fc", "head", "classifier_6", "classifier_1", "classifier")
 
 
 def create(

@@ -190,7 +190,9 @@ def test_a_trained_network_is_quantized_and_a_quantized_one_is_not(runs, tmp_pat
         command(runs / "digits_na" / "checkpoint", "--quantize", 4, "--out", tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "cifar_vgg11", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11_bn", "cifar_vgg11", "mobilenet_v2", "cifar_vit"]
+)
 def test_the_classes_of_every_network_are_read_from_its_last_layer(name):
     model = create(name, 7, **({"hidden": 8} if "vgg" in name else {}))
     one = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
