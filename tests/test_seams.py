@@ -154,8 +154,11 @@ def test_relu_network_goes_through_the_whole_recipe_unchanged(make):
     check_both_codings(f, params, x, scales)
 
 
-def check_both_codings(f, params, x, scales=None, steps=24):
-    """One level and one step of rates, and the end of sums, are the quantized network."""
+def check_both_codings(f, params, x, scales=None, steps=24, means=False):
+    """One level and one step of rates, and the end of sums, are the quantized network.
+
+    Sums keep its max-pools; rates have means in their place, and also keep them where `means` is.
+    """
     one = nadaptor.quantize(f, levels=1)
     kept = nadaptor.quantize(f, levels=2, pools=False)
     if scales is None:
@@ -165,14 +168,22 @@ def check_both_codings(f, params, x, scales=None, steps=24):
     def run(scales, params, x):
         rate = nadaptor.simulate(one, scales, params, x, num_steps=1)
         total = nadaptor.simulate(kept, scales, params, x, num_steps=steps, coding="sum")
-        return one(scales, params, x), rate, kept(scales, params, x), total
+        pairs = [(one(scales, params, x), rate), (kept(scales, params, x), total)]
+        if means:
+            pooled = nadaptor.quantize(f, levels=1, pools=False)
+            options = {"num_steps": 1, "nonaffine": "running_mean"}
+            rate = nadaptor.simulate(pooled, scales, params, x, **options)
+            pairs.insert(0, (pooled(scales, params, x), rate))
+        return pairs
 
-    one_level, rate, quantized, total = run(scales, params, x)
-    for logits, sim in ((one_level, rate), (quantized, total)):
+    pairs = run(scales, params, x)
+    quantized, total = pairs[-1]
+    for logits, sim in pairs:
         size = np.abs(logits).max()
         np.testing.assert_allclose(sim.outputs[-1], logits, rtol=1e-4, atol=1e-5 * size)
         assert len(sim.spike_counts) == len(scales)
         assert all(count.sum() > 0 for count in sim.spike_counts)
+    assert not means or np.abs(pairs[0][0] - pairs[1][0]).max() > 1e-3 * size
     # The images are told apart: a network that is silent would agree with anything.
     assert np.ptp(quantized, 0).max() > 1e-3 * size
     assert total.settled < steps
@@ -202,4 +213,4 @@ def published(name):
 )
 def test_published_network_with_its_own_pools_converts_in_both_codings(name):
     model, variables, x = published(name)
-    check_both_codings(model.apply, variables, x, steps=64)
+    check_both_codings(model.apply, variables, x, steps=64, means="pool" in NETWORKS[name])

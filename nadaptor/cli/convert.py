@@ -111,7 +111,7 @@ def convert_command(
         nonaffine: What to do where an operation on rates is not affine, as a max-pool: refuse it,
             or let it act on running means.
         num_images: Validation images to check on (32); with --calibrate and --quantize, training
-            images to measure on (128).
+            images to measure on (128, and at 224 pixels 32).
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         out: Folder to make; by default "snn" beside the checkpoint, or in runs/CONFIG.
     """

@@ -25,9 +25,8 @@ from nadaptor.checkpoints.checkpoint import save_checkpoint
 from nadaptor.configs.config import replace, to_json
 from nadaptor.configs.inference import Spikes
 from nadaptor.conversion.convert import build_folded, check_spikes, class_count, show_analog
-from nadaptor.conversion.origin import Weights, check_free, open_origin
+from nadaptor.conversion.origin import Weights, check_free, open_measured, open_origin
 from nadaptor.data.loader import load_images
-from nadaptor.data.registry import open_split
 from nadaptor.models import Relu, fold_batch_norm
 from nadaptor.transformation import Nonaffine
 
@@ -46,8 +45,8 @@ class CalibrationOptions:
     num_steps: int = 32
     # Whether to calibrate the biases, too.
     biases: bool = False
-    # Training images to measure on.
-    num_images: int = 128
+    # Training images to measure on; None for 128, and for fewer of more than 112 pixels per side.
+    num_images: int | None = None
 
 
 @making("out")
@@ -82,7 +81,7 @@ def convert_calibrated(
             f"{which} is trained with {activation!r}, which has thresholds of its own; convert it "
             "without --calibrate"
         )
-    images = open_split(config.data, "train", data_dir, options.num_images, origin.data)
+    images = open_measured(config.data, options.num_images, data_dir, origin.data)
     clipped = replace(config, activation="clipped_relu")
     classes = class_count(origin.variables)
     spikes = Spikes("rate", nonaffine)

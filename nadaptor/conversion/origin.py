@@ -1,5 +1,6 @@
 """What a conversion begins with: a trained checkpoint, or a file of weights and its config."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 from nadaptor.checkpoints.checkpoint import load_checkpoint
 from nadaptor.configs.build import build_model
 from nadaptor.configs.config import Config, check_config, from_json, replace
+from nadaptor.data.config import DataConfig
 from nadaptor.data.registry import open_split
-from nadaptor.data.source import describe
+from nadaptor.data.source import Source, describe, images_together
 
 
 class Weights(NamedTuple):
@@ -58,6 +60,26 @@ def open_origin(source: Path | Weights, data_dir: Path | None = None) -> Origin:
     one = jax.ShapeDtypeStruct((1, *images.spec.image_shape), jnp.float32)
     variables = load_pretrained(file, jax.eval_shape(model.init, jax.random.key(0), one))
     return Origin(str(file), variables, config, file_identity(file), describe(images))
+
+
+def open_measured(
+    data: DataConfig, count: int | None, data_dir: Path | None, known: Mapping[str, Any] | None
+) -> Source:
+    """Opens the training images to measure a network on.
+
+    Args:
+        data: which.
+        count: how many; None for as many as are evaluated at once.
+        data_dir: as for `open_origin`.
+        known: what the card of the training says of its data.
+
+    Raises:
+        ValueError: as `open_split`.
+    """
+    source = open_split(data, "train", data_dir, count, known)
+    if count is not None:
+        return source
+    return source._replace(size=min(source.size, images_together(source.spec)))
 
 
 def check_free(out: Path) -> None:

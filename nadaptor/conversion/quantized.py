@@ -12,9 +12,8 @@ from nadaptor.configs.config import Config, check_config, replace
 from nadaptor.configs.inference import RATES, Spikes
 from nadaptor.conversion.convert import check_spikes, class_count, finish
 from nadaptor.conversion.identities import Check
-from nadaptor.conversion.origin import Origin, Weights, check_free, open_origin
+from nadaptor.conversion.origin import Origin, Weights, check_free, open_measured, open_origin
 from nadaptor.data.loader import load_images
-from nadaptor.data.registry import open_split
 from nadaptor.models import start_scales
 from nadaptor.models.config import ACTIVATIONS
 
@@ -25,8 +24,8 @@ class QuantizeOptions:
 
     # p; None for the levels of a config that is quantized.
     levels: int | None
-    # Training images to measure on.
-    num_images: int = 128
+    # Training images to measure on; None for 128, and for fewer of more than 112 pixels per side.
+    num_images: int | None = None
 
 
 @making("out")
@@ -62,7 +61,7 @@ def convert_quantized(
     check_free(out)
     origin = open_origin(source, data_dir)
     config = _quantized(origin, options, isinstance(source, Weights))
-    images = open_split(config.data, "train", data_dir, options.num_images, origin.data)
+    images = open_measured(config.data, options.num_images, data_dir, origin.data)
     classes = class_count(origin.variables)
     check_spikes(config, classes, images.spec.image_shape, spikes)
     model = build_model(config, num_classes=classes)

@@ -49,6 +49,9 @@ class Source(NamedTuple):
     identity: Mapping[str, Any]  # for the checkpoint: what JSON can hold, "class_names" among it
 
 
+# Images to evaluate at once: so many, and of large ones so many that they have these pixels
+# together, because the activations of a batch lie in memory.
+TOGETHER, PIXELS = 128, 32 * 224 * 224
 # Characters of a file's name in a message.
 LONGEST_NAME = 240
 # Of photographs, in units of a pixel of 0 to 255; torchvision's, and so of most weights.
@@ -117,6 +120,17 @@ def printable(name: str) -> str:
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
     return shown if len(shown) <= LONGEST_NAME else f"{shown[:100]}...{shown[-100:]}"
+
+
+def images_together(spec: Spec) -> int:
+    """Returns how many images to evaluate at once: 128 up to 112 pixels per side, 32 at 224.
+
+    Example:
+        >>> images_together(Spec(10, (224, 224, 3), (0.0,), (1.0,)))
+        32
+    """
+    height, width, _ = spec.image_shape
+    return max(1, min(TOGETHER, PIXELS // (height * width)))
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -19,13 +19,9 @@ from nadaptor import simulate, spiking
 from nadaptor._checks import check_count
 from nadaptor.configs.inference import PLAIN, Inference
 from nadaptor.data.loader import Batch, evaluation_batches
-from nadaptor.data.source import Source, Spec, normalize
+from nadaptor.data.source import Source, Spec, images_together, normalize
 from nadaptor.early_exit import early_exit, simulate_with_early_exit
 from nadaptor.parallel import AXIS, Devices
-
-# Images per device and batch: so many, and of large ones so many that they have these pixels
-# together, because the activations of a batch lie in memory.
-BATCH_SIZE, PIXELS = 128, 32 * 224 * 224
 
 
 class SpikingAccuracy(NamedTuple):
@@ -201,22 +197,9 @@ def exit_accuracy(
     return ExitAccuracy(confidence, right, steps)
 
 
-def batch_size(source: Source, parts: int = 1) -> int:
-    """Returns how many images to evaluate at once, a multiple of the parts.
-
-    Example:
-        >>> from nadaptor.data.registry import open_source
-        >>> batch_size(open_source("digits", "test", 150), 2)
-        256
-    """
-    height, width, _ = source.spec.image_shape
-    most = max(1, min(BATCH_SIZE, PIXELS // (height * width)))
-    return parts * min(most, -(-source.size // parts))
-
-
 def _batches(source: Source, parts: int, devices: Devices | None = None) -> Iterator[Batch]:
     """Evaluation batches of one size, so that one program serves all, which divides into parts."""
-    size = batch_size(source, parts)
+    size = parts * min(images_together(source.spec), -(-source.size // parts))
     index, count = (devices.process_index, devices.process_count) if devices else (0, 1)
     stream = evaluation_batches(source, size, process_index=index, process_count=count)
     return _shown(stream, -(-source.size // size), hidden=index > 0)

@@ -12,8 +12,9 @@ from nadaptor.configs.inference import get_inference
 from nadaptor.conversion.convert import build_folded
 from nadaptor.data.loader import load_images
 from nadaptor.data.registry import open_source
+from nadaptor.data.source import TOGETHER
 from nadaptor.evaluation import accuracy
-from nadaptor.evaluation.accuracy import BATCH_SIZE, ann_accuracy, exit_accuracy, snn_accuracy
+from nadaptor.evaluation.accuracy import ann_accuracy, exit_accuracy, snn_accuracy
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.training import load_snn, simulate_checkpoint, write_report
 
@@ -28,7 +29,7 @@ def snn(runs):
 @pytest.fixture(scope="module")
 def source():
     # One full batch, and one that is padded.
-    return open_source("digits", "validation", 150)._replace(size=BATCH_SIZE + 5)
+    return open_source("digits", "validation", 150)._replace(size=TOGETHER + 5)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_images_are_read_a_batch_at_a_time(snn, source):
         done += len(args[2])
         return np.ones(1), np.ones(7), np.ones((2, 0)), None
 
-    endless = source._replace(size=20 * BATCH_SIZE, read=note, resident=None)
+    endless = source._replace(size=20 * TOGETHER, read=note, resident=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy, "_simulate_batch", simulated)
         patch.setattr(os, "cpu_count", lambda: 2)
@@ -97,7 +98,7 @@ def test_images_are_read_a_batch_at_a_time(snn, source):
         assert snn_accuracy(model, variables, endless, 1).accuracy == [20 / endless.size]
     assert read == endless.size
     # The batch in use, and two per thread.
-    assert most <= 6 * BATCH_SIZE
+    assert most <= 6 * TOGETHER
 
 
 def test_the_report_is_what_its_files_hold(runs, tmp_path, capsys):
@@ -167,10 +168,19 @@ def test_a_simulation_is_run_as_its_inference_says(snn, source, monkeypatch, eva
 @pytest.mark.parametrize(
     ("side", "images"), [(8, 128), (32, 128), (112, 128), (160, 62), (224, 32), (4000, 1)]
 )
-def test_a_batch_of_large_images_has_fewer_of_them(source, side, images):
+def test_a_batch_of_large_images_has_fewer_of_them(source, monkeypatch, side, images):
     spec = source.spec._replace(image_shape=(side, side, 3))
     large = source._replace(spec=spec, size=100_000, read=None, resident=None)
-    assert accuracy.batch_size(large, 2) == 2 * images
+    asked = []
+
+    def batches(source, size, **options):
+        asked.append(size)
+        raise InterruptedError
+
+    monkeypatch.setattr(accuracy, "evaluation_batches", batches)
+    with pytest.raises(InterruptedError):
+        ann_accuracy(None, {}, large)
+    assert asked == [images]
 
 
 def test_corrections_of_rates_are_refused_with_sum_coding():
