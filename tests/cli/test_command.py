@@ -127,7 +127,7 @@ def test_a_bad_override_is_named_and_nothing_is_written(call, tmp_path, option, 
         ("train.py digits_relu --levels 4", "--levels", "with --activation relu"),
         ("train.py digits_lsq --gradient exact", "--gradient", "with --activation lsq"),
         ("study digits --dry-run", "--dry-run", "in a study"),
-        ("study digits --coordinator auto", "--coordinator", "share the cells in one workdir"),
+        ("study digits --process-id 0", "--process-id", "share the cells in one workdir"),
         ("study digits --new-head", "--new-head", "without --init-from"),
         ("study fit --correction-steps 8", "--correction-steps", "--corrections offset-spikes or"),
         ("study digits --methods ttrbr --levels 3", "--levels", "with ttrbr alone"),
@@ -197,7 +197,7 @@ def test_the_list_of_commands_imports_none_of_them():
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True, text=True
     )
-    shared = ["nadaptor.cli.command", "nadaptor.cli.failures", "nadaptor.cli.main"]
+    shared = [f"nadaptor.cli.{name}" for name in ("command", "failures", "main", "supervised")]
     assert done.stdout.splitlines()[-1] == str(shared)
 
 
