@@ -8,6 +8,7 @@ import tyro
 
 from nadaptor.cli.command import program, refuse_idle
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
+from nadaptor.conversion.convert import load_spikes
 from nadaptor.conversion.export import Form, export_checkpoint
 from nadaptor.neurons import Coding
 
@@ -28,7 +29,7 @@ def export_command(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     form: Form = "jax",
     num_steps: int | None = None,
-    coding: Coding = "rate",
+    coding: Coding | None = None,
     correction: CorrectionName = "none",
     correction_steps: int | None = None,
     data_dir: Path | None = None,
@@ -41,7 +42,7 @@ def export_command(
         form: What to write: the whole simulation as an artefact of jax.export for CPU, GPU and TPU,
             which simulate.py reads; or weights, biases and thresholds by name as safetensors.
         num_steps: T, time steps in the artefact (32).
-        coding: How spikes carry a number.
+        coding: How spikes carry a number; by default as the network was converted.
         correction: How to counter occasional noise at inference.
         correction_steps: Steps of offset spikes (rho) or SRP (tau) before the T counted (4).
         data_dir: Folder of an image folder's images; by default NADAPTOR_DATA_DIR.
@@ -49,13 +50,13 @@ def export_command(
     """
     if form != "jax":
         options = dict(num_steps=num_steps, coding=coding, correction=correction)
-        given = {"num_steps": None, "coding": "rate", "correction": "none"}
+        given = {"num_steps": None, "coding": None, "correction": "none"}
         names = {f"--{n.replace('_', '-')}": v for n, v in options.items() if v != given[n]}
         refuse_idle(names, "without --form jax")
     if correction not in TWO_STAGES:
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
     stage = 4 if correction_steps is None else correction_steps
-    inference = get_inference(correction, stage, coding)
+    inference = get_inference(correction, stage, *load_spikes(checkpoint).override(coding))
     steps = 32 if num_steps is None else num_steps
     out = checkpoint.parent / f"{checkpoint.name}.{form}" if out is None else out
     export_checkpoint(checkpoint, out, form, steps, inference, data_dir)

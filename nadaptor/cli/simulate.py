@@ -79,16 +79,10 @@ def simulate_command(
     if correction not in TWO_STAGES:
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
     count = 32 if num_steps is None else num_steps
-    spikes = load_spikes(checkpoint)
-    coding = coding or spikes.coding
-    inference = get_inference(
-        correction,
-        4 if correction_steps is None else correction_steps,
-        coding,
-        spikes.nonaffine if coding == spikes.coding else "refuse",
-        fast_convolution,
-    )
-    used = "sum" if coding == "sum" else correction
+    steps = 4 if correction_steps is None else correction_steps
+    spikes = load_spikes(checkpoint).override(coding)
+    inference = get_inference(correction, steps, *spikes, fast_convolution)
+    used = "sum" if spikes.coding == "sum" else correction
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out
     # Before all the work, not after it; the folder is made when there is something to write.

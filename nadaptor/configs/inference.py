@@ -28,6 +28,10 @@ class Spikes(NamedTuple):
     coding: Coding = "rate"
     nonaffine: Nonaffine = "refuse"
 
+    def override(self, coding: Coding | None) -> "Spikes":
+        """Returns these, or another coding in their place, which refuses what is not affine."""
+        return self if coding in (None, self.coding) else Spikes(coding)
+
 
 RATES = Spikes()
 

@@ -65,6 +65,7 @@ def export_checkpoint(
             num_steps=num_steps,
             neuron=inference.neuron,
             coding=inference.coding,
+            nonaffine=inference.nonaffine,
             correction=inference.correction,
             preprocessing=_preprocessing(spec),
             class_names=identity.get("class_names"),

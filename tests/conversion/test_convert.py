@@ -8,6 +8,7 @@ import pytest
 
 import nadaptor
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from nadaptor.cli import export
 from nadaptor.configs.inference import RATES, Spikes
 from nadaptor.conversion import convert as conversion
 from nadaptor.conversion import identities
@@ -95,6 +96,23 @@ def test_a_card_says_how_spikes_carry_numbers_and_an_old_one_that_they_are_rates
     assert load_spikes(tmp_path / "new") == Spikes("sum")
     with pytest.raises(ValueError, match=r"odd is damaged: it says .*phase"):
         load_spikes(tmp_path / "odd")
+
+
+def test_another_coding_takes_the_place_of_the_card_s_and_refuses_what_is_not_affine():
+    kept = Spikes("rate", "running_mean")
+    assert kept.override(None) == kept.override("rate") == kept
+    assert kept.override("sum") == Spikes("sum", "refuse")
+
+
+@pytest.mark.parametrize(("asked", "coding"), [((), "sum"), (("--coding", "rate"), "rate")])
+def test_an_export_has_the_coding_of_the_card_or_the_one_asked_for(
+    tmp_path, monkeypatch, asked, coding
+):
+    save_checkpoint(tmp_path / "snn", "snn", {"w": np.zeros(1)}, {"config": {}, "coding": "sum"})
+    exported = []
+    monkeypatch.setattr(export, "export_checkpoint", lambda *a: exported.append(a[4]))
+    export.main([str(tmp_path / "snn"), *asked])
+    assert exported[0].coding == coding
 
 
 def test_a_check_that_is_not_a_number_does_not_hold():
