@@ -1,5 +1,7 @@
 """What the commands share: errors in one line, choices by name, local paths, every core."""
 
+import functools
+import io
 import os
 import re
 import sys
@@ -165,7 +167,7 @@ def parse_named(
         sys.exit(0)
     make = named[check_name(name, named, what)]
     value = make()
-    return tyro.cli(
+    return read_words(
         type(value),
         prog=f"{program(command)} {name}",
         description=make.__doc__,
@@ -173,6 +175,38 @@ def parse_named(
         args=list(arguments[1:]),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+
+
+def read_words(target: Callable[..., T], **options: Any) -> T:
+    """Calls `tyro.cli`, and says in one line what is wrong with the words, where it has a box.
+
+    Args:
+        target: the function to call with what was read, or the dataclass to make of it.
+        **options: of `tyro.cli`.
+
+    Raises:
+        ValueError: an option is unknown, missing, or its value none of its type.
+        SystemExit: --help was asked for.
+    """
+    import tyro
+
+    printed, stderr = io.StringIO(), sys.stderr
+
+    @functools.wraps(target)
+    def run(*args: Any, **kwargs: Any) -> T:
+        sys.stderr = stderr
+        return target(*args, **kwargs)
+
+    sys.stderr = printed
+    try:
+        return tyro.cli(target if isinstance(target, type) else run, **options)
+    except SystemExit as end:
+        if not end.code or not printed.getvalue():
+            raise
+        words = re.sub(r"[\u2500-\u257f]+", " ", printed.getvalue()).split()
+        raise ValueError(" ".join(words)) from None
+    finally:
+        sys.stderr = stderr
 
 
 def _first_line(make: Callable[[], Any]) -> str:

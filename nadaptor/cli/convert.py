@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from nadaptor.cli.command import changed, program, refuse_idle, use_every_core
+from nadaptor.cli.command import changed, program, read_words, refuse_idle, use_every_core
 from nadaptor.configs.config import Config, replace
 from nadaptor.configs.inference import Spikes
 from nadaptor.configs.named import get_config
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         RunError: as `nadaptor.training.convert`.
     """
     use_every_core()
-    tyro.cli(
+    read_words(
         convert_command,
         prog=program("convert"),
         args=list(arguments),

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
-from nadaptor.cli.command import program, spread_over_cores
+from nadaptor.cli.command import program, read_words, spread_over_cores
 from nadaptor.parallel import NumDevices
 from nadaptor.studies.demo import demo
 from nadaptor.training.options import Options
@@ -20,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: as `demo`.
     """
-    tyro.cli(demo_command, prog=program("demo"), args=list(arguments))
+    read_words(demo_command, prog=program("demo"), args=list(arguments))
 
 
 def demo_command(

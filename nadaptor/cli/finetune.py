@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from nadaptor.cli.command import program, spread_over_cores
+from nadaptor.cli.command import program, read_words, spread_over_cores
 from nadaptor.parallel import NumDevices
 from nadaptor.training.finetuning import FineTuning, digits_na_finetuned, fine_tune
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
         ValueError: as `fine_tune`.
         RunError: as `fine_tune`.
     """
-    tyro.cli(finetune_command, prog=program("finetune"), args=list(arguments))
+    read_words(finetune_command, prog=program("finetune"), args=list(arguments))
 
 
 def finetune_command(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from nadaptor._files import check_writable
-from nadaptor.cli.command import program, refuse_idle, use_every_core
+from nadaptor.cli.command import program, read_words, refuse_idle, use_every_core
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
 from nadaptor.conversion.convert import load_spikes
 from nadaptor.evaluation.exported import simulate_exported, write_exported
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> None:
         ValueError: as `nadaptor.training.simulate_checkpoint`, or an option would do nothing.
     """
     use_every_core()
-    tyro.cli(simulate_command, prog=program("simulate"), args=list(arguments))
+    read_words(simulate_command, prog=program("simulate"), args=list(arguments))
 
 
 def simulate_command(

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import IO
 
 from nadaptor.errors import ENDING
@@ -26,10 +26,12 @@ _HELD_SECONDS = 10
 _PR_SET_PDEATHSIG = 1
 
 
-def is_to_be_supervised(words: Iterable[str]) -> bool:
+def is_to_be_supervised(words: Sequence[str]) -> bool:
     """Says whether a command is one of several processes, and is not watched already."""
     asked = any(word.partition("=")[0] == "--coordinator" for word in words)
-    return asked and _CHILD not in os.environ
+    # Of a command that is called from another program, that one would be started again.
+    whole = sys.orig_argv[len(sys.orig_argv) - len(words) :] == list(words)
+    return asked and whole and _CHILD not in os.environ
 
 
 def supervise(command: Sequence[str], name: str) -> int:
@@ -51,8 +53,9 @@ def supervise(command: Sequence[str], name: str) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: child.send_signal(number))
     assert child.stderr is not None
-    held = _pass_on(child.stderr)
-    code = child.wait()
+    with child:
+        held = _pass_on(child.stderr)
+        code = child.wait()
     if code == -signal.SIGABRT and any(_LOST in line for line in held):
         why = "another process of the run has ended or cannot be reached; the same command resumes"
         print(f"{name}: {why}", file=sys.stderr, flush=True)

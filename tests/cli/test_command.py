@@ -251,10 +251,23 @@ def test_an_evaluation_says_what_it_measured(call, runs):
 
 
 @pytest.mark.parametrize("option", ["--epoch-s", "--sead"])
-def test_an_unknown_option_ends_with_exit_code_2(call, option):
-    code, _, err = call("train.py", "digits_na", option, "1")
-    assert code == 2
-    assert option in err
+def test_an_unknown_option_is_one_line_and_exit_code_2(call, option):
+    refused(call("train.py", "digits_na", option, "1"), f"Unrecognized options: {option}")
+
+
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["train.py", "digits_na", "--epochs", "many"], "--epochs"),
+        (["convert.py"], "Missing from convert.py: PATH"),
+        (["convert.py", "x", "--calibrate", "median"], "median"),
+        (["simulate.py", "x", "--num-step", "4"], "Unrecognized options: --num-step, 4"),
+    ],
+)
+def test_what_no_option_takes_is_one_line_and_exit_code_2(call, words, wrong):
+    code, _, err = call(*words)
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert wrong in err
 
 
 @pytest.mark.parametrize("door", ["convert.py", "simulate.py"])
