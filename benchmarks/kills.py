@@ -92,14 +92,16 @@ def run(words: Sequence[str], devices: int, log: Path, ready: Any = None) -> Non
     from nadaptor.cli.command import run_command
     from nadaptor.cli.main import run as run_words
 
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    # Ignored by what a shell starts in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     if ready is not None:
         ready.wait()
     jax.config.update("jax_platforms", "cpu")
-    if words[0] != "study":  # which sees to its devices itself
-        jax.config.update("jax_num_cpu_devices", devices)
+    # A command makes as many as there are cores where nothing says how many.
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     import sys
 
     sys.argv = ["nadaptor", *words]

@@ -254,6 +254,8 @@ def _read_arrays(path: Path, wanted: Mapping[str, list[Any]] | None) -> Any:
     import orbax.checkpoint as ocp
     from etils import epath
 
+    # The storage layer starts jax, and where that fails the arrays are none the worse.
+    jax.devices()
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.resolve())).tree

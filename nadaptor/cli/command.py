@@ -31,10 +31,10 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
     Args:
         main: the command; it is given the words after the program's name.
     """
-    if is_to_be_supervised(sys.argv[1:]):
-        sys.exit(supervise([sys.executable, *sys.orig_argv[1:]], Path(sys.argv[0]).name))
-    _keep_compiled()
     try:
+        if is_to_be_supervised(sys.argv[1:]):
+            sys.exit(supervise([sys.executable, *sys.orig_argv[1:]], Path(sys.argv[0]).name))
+        _keep_compiled()
         _refuse_urls(sys.argv[1:])
         main(sys.argv[1:])
         sys.stdout.flush()

@@ -6,6 +6,7 @@ import os
 import shutil
 
 import chex
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -313,3 +314,12 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
     folder = scratch.rsplit("/", 1)[0]
     assert synced.index(scratch) < synced.index(folder) < synced.index(str(tmp_path))
     assert synced[-1] == str(tmp_path)
+
+
+def test_arrays_are_not_called_damaged_where_jax_cannot_start(saved, monkeypatch):
+    def nonsense():
+        raise RuntimeError("Unable to initialize backend 'nonsense'")
+
+    monkeypatch.setattr(jax, "devices", nonsense)
+    with pytest.raises(RuntimeError, match="Unable to initialize backend"):
+        load_checkpoint(saved, "ann")

@@ -394,3 +394,24 @@ def test_simulating_uses_every_core_or_what_the_user_says():
     used, cores = devices()
     assert used == cores
     assert devices(XLA_FLAGS="--xla_force_host_platform_device_count=3")[0] == 3
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["simulate.py", "digits_na/snn", "--num-steps", "1", "--out", "file"],
+        ["convert.py", "digits_na/checkpoint", "--out", "file/sub"],
+        ["train.py", "digits_relu", "--workdir", "file"],
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_any_work(
+    call, runs, tmp_path, monkeypatch, words
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "digits_na").symlink_to(runs / "digits_na")
+    monkeypatch.chdir(tmp_path)
+    if words[0] != "train.py":  # which compiles nothing yet, but has its step made
+        monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("work was begun"))
+    code, out, err = call(*words)
+    assert (code, out, len(err.splitlines())) == (1 if words[0] == "train.py" else 2, "", 1)
+    assert "file: File exists" in err

@@ -55,6 +55,14 @@ def test_ctrl_c_is_one_line(ended):
     assert (code, len(lines)) == (130, 1)
 
 
+def test_ctrl_c_before_a_command_has_begun_is_one_line(ended, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nadaptor.cli.command._keep_compiled", interrupted)
+    assert ended(lambda: None) == (130, ["train.py: told to end; what was saved before stays"])
+
+
 def test_a_reader_that_has_seen_enough_is_no_failure():
     program = (
         "from nadaptor.cli.command import run_command\n"
