@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from nadaptor.cli.command import program, refuse_idle
+from nadaptor.cli.command import program, read_words, refuse_idle
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
 from nadaptor.conversion.convert import load_spikes
 from nadaptor.conversion.export import Form, export_checkpoint
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         ValueError: as `export_checkpoint`, or an option would do nothing.
     """
-    tyro.cli(export_command, prog=program("export"), args=list(arguments))
+    read_words(export_command, prog=program("export"), args=list(arguments))
 
 
 def export_command(
