@@ -8,11 +8,18 @@ FLAG = "--xla_force_host_platform_device_count"
 if FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the tests' time is compilation, three quarters of which LLVM's optimizations take; XLA's
+# own passes, which reorder sums and fuse, stay on.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # What tests compile is kept for the next run, beside this file: most of their time is compilation.
 CACHE = pathlib.Path(__file__).parent / ".cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+# A worker that holds more gives back what it has compiled, which is then read from the cache.
+MOST_BYTES = 3 * 2**29
 
 
 def pytest_configure():
@@ -28,3 +35,19 @@ def _checked_keys(request):
 
     with jax.debug_key_reuse(request.node.get_closest_marker("reuses_keys") is None):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+    """Keeps a worker small: what one file has compiled, the next has rarely a use for."""
+    yield
+    if resident_bytes() > MOST_BYTES:
+        import jax
+
+        jax.clear_caches()
+
+
+def resident_bytes():
+    """What this process holds in memory; 0 where the system does not say."""
+    pages = pathlib.Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0

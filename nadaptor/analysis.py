@@ -57,8 +57,8 @@ def layer_errors(
     """Measures how far each layer's time-averaged spikes are from the activations they stand for.
 
     With r = (spikes minus negative spikes)/T a neuron's rate and q = a/th the activation of the
-    network without spikes, both as shares of the threshold, the error of a layer is `mean|r - q|`.
-    With sum coding r is (spikes minus negative spikes)/p.
+    network without spikes, both as fractions of the threshold, the error of a layer is
+    `mean|r - q|`. With sum coding r is (spikes minus negative spikes)/p.
     Where the list first grows is where the conversion loses the network.
 
     Args:

@@ -1,12 +1,26 @@
-import contextlib
+import fcntl
 import os
+import shutil
 
-import jax
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 # By processor time, longest first: started last, one of these would keep a worker after the others.
-LONGEST = ("test_resume.py", "test_finetuning.py", "test_methods.py", "test_processes.py")
+# The second has no trained network, for which its worker would wait while the first trains it.
+LONGEST = (
+    "test_resume.py",
+    "test_seams.py",
+    "test_finetuning.py",
+    "test_processes.py",
+    "test_command.py",
+    "test_study.py",
+    "test_calibrate.py",
+    "test_loop.py",
+    "test_methods.py",
+    "test_accuracy.py",
+    "test_simulation.py",
+    "test_calls.py",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -27,21 +41,15 @@ settings.register_profile("long", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
-@contextlib.contextmanager
-def quick_compilation():
-    """Compiles several times faster, to slower programs: right where most time is compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def quick():
-    """Has everything in the module compiled quickly."""
-    with quick_compilation():
-        yield
+    """Has everything in the module compiled quickly, also where all else is not."""
+    import jax
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
@@ -55,17 +63,31 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def runs(tiny, tmp_path_factory):
-    """A folder with a trained full-precision network, a quantized one and its conversion."""
+    """A folder with a trained full-precision network, a quantized one and its conversion.
+
+    The workers of one run share what is trained, and each has a copy.
+    """
+    own = tmp_path_factory.mktemp("runs")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return make_runs(tiny, own)
+    shared = tmp_path_factory.getbasetemp().parent / "runs"
+    with shared.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (shared / "digits_na" / "snn").exists():
+            make_runs(tiny, shared)
+    return shutil.copytree(shared, own, dirs_exist_ok=True)
+
+
+def make_runs(tiny, workdir):
+    """Trains and converts; returns the folder."""
     from nadaptor.configs.config import replace
     from nadaptor.configs.named import parent_of
     from nadaptor.training import convert, train
 
-    workdir = tmp_path_factory.mktemp("runs")
-    with quick_compilation():
-        # 0.98 of the validation images are right after 4 of the parent's 15 epochs.
-        train(replace(parent_of(tiny), epochs=4), workdir)
-        train(tiny, workdir)
-        convert(workdir / "digits_na" / "checkpoint", workdir / "digits_na" / "snn")
+    # 0.98 of the validation images are right after 4 of the parent's 15 epochs.
+    train(replace(parent_of(tiny), epochs=4), workdir)
+    train(tiny, workdir)
+    convert(workdir / "digits_na" / "checkpoint", workdir / "digits_na" / "snn")
     return workdir
 
 

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import nadaptor
@@ -56,3 +57,77 @@ def test_a_correction_and_signed_spikes_lower_the_layer_errors():
 def test_an_unknown_reference_is_refused():
     with pytest.raises(ValueError, match="'other'"):
         layer_errors(lambda v: nadaptor.lsq(v, 1.0, 1), jnp.ones(2), num_steps=2, reference="other")
+
+
+def dyadic(seed, *shape):
+    return np.random.default_rng(seed).integers(-4, 5, shape).astype("f4") / 4
+
+
+WEIGHTS, IMAGES = [dyadic(0, 6, 8), dyadic(1, 8, 8)], dyadic(2, 5, 6)
+SCALE, LEVELS = 0.25, 4
+
+
+def two_layers(x):
+    for w in WEIGHTS:
+        x = nadaptor.lsq(x @ w, SCALE, LEVELS)
+    return x
+
+
+def errors_by_hand(num_steps, rounding):
+    """Steps of integrate-and-fire neurons in NumPy, and the activations that they stand for."""
+    threshold = SCALE * LEVELS
+    potentials = [np.full((5, 8), threshold / 2, "f4") for _ in WEIGHTS]
+    sent = [np.zeros((5, 8), "f4") for _ in WEIGHTS]
+    for _ in range(num_steps):
+        x = IMAGES
+        for i, w in enumerate(WEIGHTS):
+            potentials[i] += x @ w
+            x = np.where(potentials[i] >= threshold, np.float32(threshold), 0)
+            potentials[i] -= x
+            sent[i] += x
+    x, found = IMAGES, []
+    for w, total in zip(WEIGHTS, sent, strict=True):
+        x = SCALE * rounding(np.clip(x @ w / SCALE, 0, LEVELS))
+        found.append(np.abs(total / num_steps - x).mean() / threshold)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("reference", "rounding"), [("rounded", lambda x: np.floor(x + 0.5)), ("clipped", np.array)]
+)
+@pytest.mark.parametrize("num_steps", [1, 8])
+def test_layer_errors_are_those_of_a_loop_over_the_steps(num_steps, reference, rounding):
+    measure = functools.partial(layer_errors, two_layers, num_steps=num_steps, reference=reference)
+    errors = jax.jit(measure)(IMAGES)
+    assert list(errors) == ["layer0", "layer1"]
+    wanted = errors_by_hand(num_steps, rounding)
+    assert wanted[1] > 0
+    np.testing.assert_allclose(list(errors.values()), wanted, rtol=1e-6)
+
+
+def test_with_sum_coding_no_layer_has_an_error_once_the_network_has_settled():
+    def measure(num_steps):
+        run = functools.partial(layer_errors, two_layers, num_steps=num_steps, coding="sum")
+        return [float(error) for error in jax.jit(run)(IMAGES).values()]
+
+    early, late = measure(1), measure(32)
+    assert min(early) > 0
+    assert late == [0, 0]
+
+
+def test_a_negative_spike_counts_as_a_spike():
+    options = {"num_steps": 8, "neuron": nadaptor.SignedIntegrateAndFire()}
+    trains = nadaptor.record(two_layers, IMAGES, **options, quantities=["spikes"])
+    rates = firing_rates(nadaptor.simulate(two_layers, IMAGES, **options), 8)
+    assert (trains["layer1"].spikes < 0).any()
+    for rate, layer in zip(rates, trains.values(), strict=True):
+        assert float(rate) == pytest.approx(np.abs(layer.spikes).mean())
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 2.0, True])
+def test_a_number_of_steps_that_is_none_is_refused(num_steps):
+    sim = nadaptor.simulate(lambda v: nadaptor.lsq(v, 1.0, 4), jnp.ones(2), num_steps=2)
+    with pytest.raises(ValueError, match="num_steps must be a positive int"):
+        firing_rates(sim, num_steps)
+    with pytest.raises(ValueError, match="num_steps must be a positive int"):
+        layer_errors(lambda v: nadaptor.lsq(v, 1.0, 4), jnp.ones(2), num_steps=num_steps)

@@ -34,7 +34,7 @@ def name_of(page):
 
 
 @pytest.mark.parametrize("page", with_code(), ids=name_of)
-def test_code_of_a_page_runs_and_prints_what_the_page_shows(page, quick, tmp_path, monkeypatch):
+def test_code_of_a_page_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": page.stem}
     for code, shown in BLOCK.findall(page.read_text()):

@@ -42,8 +42,10 @@ def classify(weights, x):
     return nadaptor.lsq(nadaptor.lsq(x @ weights[0], 0.5, 2) @ weights[1], 0.5, 2) @ weights[2]
 
 
-WEIGHTS = jnp.round(4 * jax.random.normal(jax.random.key(2), (3, 6, 6))) / 4
-INPUTS = jnp.round(4 * jax.random.normal(jax.random.key(3), (10, 6))) / 4
+WEIGHTS, INPUTS = (
+    jnp.asarray(np.round(4 * np.random.default_rng(2).normal(size=shape)) / 4, jnp.float32)
+    for shape in ((3, 6, 6), (10, 6))
+)
 STEPS = 9
 
 

@@ -16,13 +16,12 @@ from nadaptor.models import Lsq, start_scales
 from nadaptor.quantization import project_scales
 
 LEVELS = 2
-KEYS = jax.random.split(jax.random.key(0), 4)
-W = (
-    jax.random.normal(KEYS[0], (8, 16)),
-    jax.random.normal(KEYS[1], (16, 16)) / 4,
-    jax.random.normal(KEYS[2], (16, 4)),
+RANDOM = np.random.default_rng(0)
+W = tuple(
+    jnp.asarray(RANDOM.normal(size=shape) * size, jnp.float32)
+    for size, *shape in ((1, 8, 16), (1 / 4, 16, 16), (1, 16, 4))
 )
-X = jax.random.normal(KEYS[3], (32, 8))
+X = jnp.asarray(RANDOM.normal(size=(32, 8)), jnp.float32)
 
 
 def plain(w, x):
@@ -69,7 +68,7 @@ class Relu(nn.Module):
         return nn.relu(x)
 
 
-IMAGES = jax.random.normal(jax.random.key(1), (4, 8, 8, 2))
+IMAGES = jnp.asarray(RANDOM.normal(size=(4, 8, 8, 2)), jnp.float32)
 HAND = Cnn(quantized=True)
 RELU = Cnn(quantized=False)
 

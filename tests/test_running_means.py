@@ -16,7 +16,6 @@ from nadaptor.analysis import layer_errors
 from nadaptor.early_exit import early_exit, simulate_with_early_exit
 from nadaptor.neurons import triangle
 
-pytestmark = pytest.mark.usefixtures("quick")
 DIMS = ("NHWC", "HWIO", "NHWC")
 
 

@@ -13,10 +13,8 @@ import pytest
 from flax import nnx
 
 import nadaptor
-from nadaptor.models import create
+from nadaptor.models import create, mobilenet
 from nadaptor.quantization import project_scales
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 CLASSES = 3
 
@@ -191,7 +189,7 @@ def check_both_codings(f, params, x, scales=None, steps=24, means=False):
 
 NETWORKS = {
     "vgg11_bn": dict(pool="max", width=4, hidden=8),
-    "resnet18": dict(pool="max", width=4),
+    "resnet18": dict(pool="max", width=4, stage_sizes=(1, 1)),
     "mobilenet_v2": dict(width=0.25),
 }
 
@@ -207,10 +205,9 @@ def published(name):
     return model, variables, x
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["vgg11_bn", "resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)],
-)
-def test_published_network_with_its_own_pools_converts_in_both_codings(name):
+@pytest.mark.parametrize("name", NETWORKS)
+def test_published_network_with_its_own_pools_converts_in_both_codings(name, monkeypatch):
+    # Every kind of block once: without expansion, with a stride, and with its input added.
+    monkeypatch.setattr(mobilenet, "_STAGES", ((1, 16, 1, 1), (6, 24, 2, 2)))
     model, variables, x = published(name)
     check_both_codings(model.apply, variables, x, steps=64, means="pool" in NETWORKS[name])

@@ -19,7 +19,6 @@ from nadaptor.calibration import calibrate_thresholds
 from nadaptor.early_exit import early_exit, simulate_with_early_exit
 from nadaptor.neurons import rectangle
 
-pytestmark = pytest.mark.usefixtures("quick")
 DIMS = ("NHWC", "HWIO", "NHWC")
 
 

@@ -17,7 +17,6 @@ from nadaptor._execution import conv_gradient
 from nadaptor._jaxpr.trace import trace
 from nadaptor.models import ResNet
 
-pytestmark = pytest.mark.usefixtures("quick")
 NHWC = ("NHWC", "HWIO", "NHWC")
 IMAGES, KERNEL = (5, 8, 9, 3), (3, 3, 3, 4)
 

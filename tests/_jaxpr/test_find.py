@@ -12,9 +12,10 @@ from flax import nnx
 
 import nadaptor
 
-W = jax.random.normal(jax.random.key(0), (8, 16))
-V = jax.random.normal(jax.random.key(2), (16, 16))
-X = jax.random.normal(jax.random.key(1), (6, 8))
+W, V, X = (
+    jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    for shape in ((8, 16), (16, 16), (6, 8))
+)
 LABELS = jnp.arange(6) % 16
 ONE_HOT = jax.nn.one_hot(LABELS, 16)
 

@@ -21,7 +21,7 @@ from nadaptor.errors import RunError
 from nadaptor.neurons import triangle
 from nadaptor.simulation import run_network
 
-IMAGES = jax.random.normal(jax.random.key(0), (3, 6, 6, 1))
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 6, 6, 1)), jnp.float32)
 
 
 def linen():

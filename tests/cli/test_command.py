@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import os
 import runpy
@@ -16,8 +17,7 @@ from nadaptor.configs.named import CONFIGS
 from nadaptor.interop.weights import load_weights
 from nadaptor.models.registry import MODELS
 from nadaptor.studies import demo
-
-pytestmark = pytest.mark.usefixtures("quick")
+from nadaptor.studies import study as grid
 
 ROOT = Path(__file__).parents[2]
 
@@ -334,20 +334,33 @@ def test_a_command_trains_on_every_core_unless_the_user_says_how_many_devices_th
     assert made == ({} if variable else {"jax_num_cpu_devices": cores})
 
 
-def test_the_demo_makes_its_table_and_files(tmp_path, capsys, runs):
-    small = {"model": ("digits_resnet8",), "epochs": (1,), "num_steps": 3, "seeds": 2}
-    shutil.copytree(runs / "digits_relu", tmp_path / "seed0-digits_resnet8" / "digits_relu")
-    study = dataclasses.replace(demo.STUDY, **small)
+def test_the_demo_makes_its_table_and_files(tmp_path, capsys, monkeypatch):
+    """Of made-up figures: the runs of a study are tested with the studies."""
+
+    def measured(config, workdir, options, **settings):
+        noisy = config.quantizer.activation == "noise_adaptor"
+        assert settings["num_steps"] == 3 and settings["split"] == "test"
+        base = 0.5 + 0.25 * noisy + 0.02 * config.seed
+        return {
+            "ann_deterministic": base,
+            "ann_noisy": base - 0.1,
+            "training_accuracy": 1.0,
+            "accuracy": [base - 0.3, base - 0.2, base - 0.1],
+            "total_steps": 3,
+            "num_images": 450,
+        }
+
+    monkeypatch.setattr(grid, "measure", measured)
+    study = dataclasses.replace(demo.STUDY, num_steps=3, seeds=2)
     demo.run_demo(study, tmp_path, tmp_path / "results")
-    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [
-        "accuracy.png",
-        "report.json",
-        "table.csv",
-    ]
-    table = (tmp_path / "results" / "table.csv").read_text().splitlines()
-    assert table[0] == "noise adaptor,ANN noisy,ANN deterministic,T = 1,T = 2,T = 3"
-    assert [row.split(",")[0] for row in table[1:]] == ["without", "with"]
-    assert "| without " in capsys.readouterr().out
+    names = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert names == ["accuracy.png", "report.json", "table.csv"]
+    rows = list(csv.reader((tmp_path / "results" / "table.csv").read_text().splitlines()))
+    steps = ["T = 1", "T = 2", "T = 3"]
+    assert rows[0] == ["noise adaptor", "ANN noisy", "ANN deterministic", *steps]
+    assert rows[1] == ["without", "41.0±1.4", "51.0±1.4", "21.0±1.4", "31.0±1.4", "41.0±1.4"]
+    assert rows[2] == ["with", "66.0±1.4", "76.0±1.4", "46.0±1.4", "56.0±1.4", "66.0±1.4"]
+    assert "test accuracy in %, 450 images" in capsys.readouterr().out.lower()
 
 
 def test_the_demo_needs_seeds_for_a_deviation(tmp_path):

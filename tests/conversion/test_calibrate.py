@@ -31,8 +31,6 @@ from nadaptor.models import ClippedRelu, create, fold_batch_norm, is_scale
 from nadaptor.training import load_snn, simulate_checkpoint
 from nadaptor.training.finetuning import digits_na_finetuned, fine_tune
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
 def source(runs):
@@ -70,7 +68,7 @@ def test_calibrated_biases_help_a_network_of_few_steps(source):
     variables, _ = load_checkpoint(source, "ann")
     folded, model = fold_batch_norm(variables), create("digits_resnet8", 10, norm=None)
     images = load_images(open_source("digits", "train", 150)).images
-    wanted = model.apply(folded, images[64:128])
+    wanted = jax.jit(model.apply)(folded, images[64:128])
     clipped = model.clone(activation=ClippedRelu)
 
     def error(biases):

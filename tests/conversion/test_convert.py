@@ -19,8 +19,6 @@ from nadaptor.data.registry import open_source
 from nadaptor.models import Lsq, create, fold_batch_norm, is_scale
 from nadaptor.training import RunError, convert, load_snn
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def network(levels):
     """A network with random weights, folded and not, and a batch."""
@@ -31,9 +29,9 @@ def network(levels):
     )
     variables = jax.jit(model.init)(jax.random.key(levels), images)
     # Moments of the data, as after training: with those of the start, deep layers are silent.
+    train = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
     for _ in range(20):
-        _, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        variables = {**variables, **updated}
+        variables = {**variables, **train(variables, images)[1]}
     return model, variables, folded, fold_batch_norm(variables), levels, images
 
 

@@ -10,35 +10,35 @@ import pytest
 import nadaptor
 from nadaptor.models import Lsq, create, fold_batch_norm
 
-IMAGES = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 1)), jnp.float32)
 
 
 def network(name, levels, images, num_classes=10):
     """A network with batch-norm statistics of its own, not those of initialisation."""
     model = create(name, num_classes=num_classes, activation=functools.partial(Lsq, levels=levels))
     variables = jax.jit(model.init)(jax.random.key(0), images)
+    train = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
     for _ in range(2):
-        _, moved = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        variables = {**variables, **moved}
+        variables = {**variables, **train(variables, images)[1]}
     return model, variables
 
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_one_level_and_one_step_give_the_logits_of_the_quantized_network(folded):
     """Identity (b): at p = 1 a neuron's first step is the quantizer's rounding."""
-    model, variables = network("digits_resnet20", 1, IMAGES)
+    model, variables = network("digits_resnet8", 1, IMAGES)
     if folded:
         model, variables = model.clone(norm=None), fold_batch_norm(variables)
     ann = jax.jit(model.apply)(variables, IMAGES)
     sim = jax.jit(functools.partial(nadaptor.simulate, model.apply, num_steps=1))(variables, IMAGES)
     np.testing.assert_allclose(sim.outputs[0], ann, rtol=1e-4, atol=1e-5)
-    assert len(sim.spike_counts) == 19
+    assert len(sim.spike_counts) == 7
     assert sum(int(c.sum()) for c in sim.spike_counts) > 0
 
 
 def test_folding_keeps_the_spiking_network():
     """Identity (d) for spikes: float rounding may flip a few, and no more."""
-    model, variables = network("digits_resnet20", 2, IMAGES)
+    model, variables = network("digits_resnet8", 2, IMAGES)
     plain = jax.jit(functools.partial(nadaptor.simulate, model.apply, num_steps=4))
     folded = jax.jit(
         functools.partial(nadaptor.simulate, model.clone(norm=None).apply, num_steps=4)
@@ -49,10 +49,22 @@ def test_folding_keeps_the_spiking_network():
     assert changed <= 0.01 * sum(c.size for c in counts[0].spike_counts)
 
 
+def of_two_levels(name, **options):
+    return create(name, num_classes=20, activation=functools.partial(Lsq, levels=2), **options)
+
+
 @pytest.mark.parametrize(("name", "layers"), [("resnet18", 17), ("resnet50", 49)])
-def test_imagenet_networks_convert_and_run(name, layers):
-    images = jax.random.normal(jax.random.key(2), (1, 64, 64, 3))
-    model = create(name, num_classes=20, activation=functools.partial(Lsq, levels=2))
+def test_imagenet_networks_have_a_spiking_layer_for_each_activation(name, layers):
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    model = of_two_levels(name, norm=None)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert len(nadaptor.spiking(model.apply, variables, images).layers) == layers
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet18", 5), ("resnet50", 7)])
+def test_both_blocks_convert_and_run_behind_the_imagenet_stem(name, layers):
+    images = jax.random.normal(jax.random.key(2), (1, 32, 32, 3))
+    model = of_two_levels(name, stage_sizes=(1, 1), width=16)
     variables = jax.jit(model.init)(jax.random.key(0), images)
     folded, weights = model.clone(norm=None), fold_batch_norm(variables)
     sim = jax.jit(functools.partial(nadaptor.simulate, folded.apply, num_steps=2))(weights, images)

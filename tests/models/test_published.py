@@ -13,10 +13,8 @@ from nadaptor.configs.build import build_model
 from nadaptor.configs.config import replace
 from nadaptor.configs.named import get_config
 from nadaptor.interop import from_torch
-from nadaptor.models import Lsq, create, fold_batch_norm
+from nadaptor.models import Lsq, create, fold_batch_norm, mobilenet
 from nadaptor.models.layers import pool_images
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 LAYERS = ("weight", "bias", "running_mean", "running_var")
 
@@ -186,7 +184,9 @@ def test_a_mobilenet_with_torchs_weights_computes_what_torch_computes():
     ("name", "options"),
     [("cifar_vgg11_bn", {"width": 4}), ("mobilenet_v2", {"width": 0.25})],
 )
-def test_each_folds_to_the_same_function_and_converts_layer_by_layer(name, options):
+def test_each_folds_to_the_same_function_and_converts_layer_by_layer(name, options, monkeypatch):
+    # Every kind of block once: without expansion, with a stride, and with its input added.
+    monkeypatch.setattr(mobilenet, "_STAGES", ((1, 16, 1, 1), (6, 24, 2, 2)))
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
     make = functools.partial(create, name, 5, activation=functools.partial(Lsq, levels=2))
     model, folded = make(**options), make(**options, norm=None)
@@ -197,7 +197,7 @@ def test_each_folds_to_the_same_function_and_converts_layer_by_layer(name, optio
         quantized, jax.jit(model.apply)(variables, images), rtol=1e-3, atol=1e-4
     )
     layers = nadaptor.spiking(folded.apply, small, images).layers
-    assert len(layers) == {"cifar_vgg11_bn": 8, "mobilenet_v2": 35}[name]
+    assert len(layers) == {"cifar_vgg11_bn": 8, "mobilenet_v2": 7}[name]
     assert all(layer.threshold == 2 for layer in layers)
 
 

@@ -126,7 +126,7 @@ def test_the_stems_pool_counts_its_padding():
 
     model = create("resnet18", 2, width=1, stage_sizes=(1,), block=Record, activation=Probe)
     image = jnp.ones((1, 8, 8, 1))
-    model.apply(model.init(KEY, image), image)
+    model.apply(jax.jit(model.init)(KEY, image), image)
     np.testing.assert_allclose(seen["x"][0, :, :, 0], window, rtol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_padding_is_torchs_at_stride_two():
     """torch pads both sides: output 0 of a 3x3 convolution at stride 2 is centred on pixel 0."""
     x = jnp.zeros((1, 4, 4, 1)).at[0, 0, 0, 0].set(1.0)
     model = create("digits_resnet8", 2, width=1, stage_sizes=(0, 1), norm=None)
-    params = model.init(KEY, x)["params"]
+    params = jax.jit(model.init)(KEY, x)["params"]
     kernel = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
     params["conv1"] = {"kernel": kernel, "bias": jnp.zeros(1)}
     params["layer2_0"]["conv1"] = {"kernel": jnp.tile(kernel, (1, 1, 1, 2)), "bias": jnp.zeros(2)}
@@ -154,7 +154,7 @@ def test_a_padded_shortcut_takes_every_second_pixel_and_pads_channels_on_both_si
         "digits_resnet8", 2, width=2, stage_sizes=(0, 1), norm=None, shortcut="pad",
         activation=lambda name: lambda v: v,
     )  # fmt: skip
-    params = jax.tree.map(jnp.zeros_like, model.init(KEY, x)["params"])
+    params = jax.tree.map(jnp.zeros_like, jax.jit(model.init)(KEY, x)["params"])
     params["conv1"]["kernel"] = identity
     _, state = model.apply(
         {"params": params}, x, capture_intermediates=True, mutable=["intermediates"]
@@ -176,7 +176,7 @@ def test_initial_weights_follow_torchs_rules():
 def test_training_mode_updates_statistics_towards_the_batch():
     model = create("digits_resnet8", 10, width=4, stage_sizes=())
     x = jax.random.normal(jax.random.key(2), (16, 8, 8, 1))
-    variables = model.init(KEY, x)
+    variables = jax.jit(model.init)(KEY, x)
     _, updated = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(
         variables, x
     )

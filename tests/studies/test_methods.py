@@ -14,7 +14,6 @@ from nadaptor.data.loader import load_images
 from nadaptor.data.registry import open_split
 from nadaptor.training import CONFIGS, get_config, load_snn
 
-pytestmark = pytest.mark.usefixtures("quick")
 THRESHOLD = 1.5
 METHODS = {
     "lsq": lambda v: nadaptor.lsq(v, THRESHOLD / 4, 4),
@@ -47,7 +46,7 @@ def test_every_method_tends_to_its_own_network_with_clipped_relus(method):
 def test_offset_spikes_help_a_trained_network_at_T_equal_rho(runs):
     model, variables, config = load_snn(runs / "digits_na" / "snn")
     images = load_images(open_split(config.data, "validation", limit=64)).images
-    ann = model.apply(variables, images)
+    ann = jax.jit(model.apply)(variables, images)
 
     def error(name):
         neuron, correction = get_inference(name, 2)

@@ -8,10 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+from nadaptor.cli import study as command
 from nadaptor.configs.config import check_config, replace
 from nadaptor.configs.inference import CORRECTIONS, get_inference
 from nadaptor.configs.named import parent_of
@@ -19,6 +21,7 @@ from nadaptor.configs.tables import published
 from nadaptor.data.registry import open_source, open_split
 from nadaptor.errors import OutOfTimeError, PassingError, RunError
 from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
+from nadaptor.models.config import ACTIVATIONS
 from nadaptor.studies import study as grid
 from nadaptor.studies.named import STUDIES
 from nadaptor.studies.study import Study, cells_of, config_of, run_study
@@ -26,7 +29,6 @@ from nadaptor.studies.table import write_study
 from nadaptor.training import load_snn, options
 from nadaptor.training.options import Options
 
-pytestmark = pytest.mark.usefixtures("quick")
 STUDY = Study(
     methods=("lsq",),
     levels=(2,),
@@ -63,6 +65,38 @@ def test_each_cell_is_a_simulation_of_its_network(done):
     assert cells[cell]["total_steps"] == 8
 
 
+def test_the_command_measures_the_cells_that_are_missing_and_writes_the_grid(
+    tmp_path, monkeypatch
+):
+    figures, measured = made_up(STUDY), []
+
+    def measure(cell, study, folder, options):
+        assert study == STUDY
+        measured.append(cell)
+        return {name: value for name, value in figures[cell].items() if name != "made"}
+
+    monkeypatch.setattr(grid, "_measure", measure)
+    words = "--methods lsq --levels 2 --seeds 1 --corrections none srp --model digits_resnet8"
+    sizes = "--epochs 1 --num-steps 5 --correction-steps 3"
+    folders = ["--workdir", str(tmp_path), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        command.main(["digits", *words.split(), *sizes.split(), *folders])
+    assert measured == list(cells_of(STUDY))
+    rows = list(csv.DictReader((tmp_path / "out" / "grid.csv").read_text().splitlines()))
+    found = {(row["correction"], int(row["t"])): float(row["accuracy"]) for row in rows}
+    wanted = {(c.correction, t): 0.1 * t for c in figures for t in STUDY.reported_steps}
+    assert found == pytest.approx(wanted)
+
+
+def test_the_methods_are_the_activations_that_become_spikes_and_variants_of_them():
+    spiking = {name for name, entry in ACTIVATIONS.items() if entry.converts_as}
+    variants = {"lsq_unscaled"} | {
+        f"noise_adaptor_{variant}" for variant in ("exact", "scaled", "unscaled")
+    }
+    assert set(typing.get_args(grid.Method)) == spiking | variants
+    assert {grid.METHODS[name]["activation"] for name in variants} <= spiking
+
+
 def test_a_study_resumes_with_the_cells_that_are_missing(done, monkeypatch):
     workdir, cells = done
     measured = []
@@ -87,7 +121,9 @@ def test_cells_of_other_settings_are_refused(done):
 
 WORKER = """
 import sys
+import typing
 from pathlib import Path
+from nadaptor.models.config import ACTIVATIONS
 from nadaptor.studies import study as grid
 from nadaptor.studies.study import Study
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from nadaptor.cli import finetune
 from nadaptor.data.loader import batches, load_images
 from nadaptor.data.registry import open_source, open_split
 from nadaptor.errors import RunError
@@ -90,3 +92,16 @@ def test_an_existing_folder_and_bad_counts_are_refused(snn, tmp_path):
     bad = dataclasses.replace(digits_na_finetuned(), num_steps=0)
     with pytest.raises(ValueError, match="num_steps"):
         fine_tune(snn, tmp_path / "snn", bad)
+
+
+def test_the_command_asks_for_what_it_was_given_and_writes_beside_the_checkpoint(monkeypatch):
+    asked = []
+    monkeypatch.setattr(finetune, "fine_tune", lambda *given: asked.append(given))
+    finetune.main(["runs/x/snn", "--epochs", "7", "--num-steps", "3", "--num-devices", "1"])
+    finetune.main(["runs/x/snn", "--data-dir", "d", "--out", "o", "--num-devices", "1"])
+    default, place = digits_na_finetuned(), Path("runs/x")
+    changed = dataclasses.replace(default, epochs=7, num_steps=3)
+    assert asked == [
+        (place / "snn", place / "snn-finetuned", changed, None, 1),
+        (place / "snn", Path("o"), default, Path("d"), 1),
+    ]

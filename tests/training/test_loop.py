@@ -12,8 +12,6 @@ from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.training import RunError, run, train
 from nadaptor.training.options import DEFAULT, Options
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def with_parent(runs, tmp_path):

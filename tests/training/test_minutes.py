@@ -13,8 +13,6 @@ from nadaptor.errors import OutOfTimeError
 from nadaptor.training import options, train
 from nadaptor.training.options import Deadline, Options
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def clock(monkeypatch):

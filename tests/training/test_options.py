@@ -14,6 +14,7 @@ from nadaptor._files import hold
 from nadaptor.checkpoints.card import seal
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
 from nadaptor.checkpoints.snapshots import Snapshot
+from nadaptor.cli import train as command
 from nadaptor.configs.config import replace
 from nadaptor.configs.named import get_config
 from nadaptor.data.registry import open_split
@@ -24,8 +25,6 @@ from nadaptor.training import loop, train
 from nadaptor.training.dry_run import dry_run
 from nadaptor.training.options import DEFAULT
 from nadaptor.training.run import first_state, open_run, read_weights
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +79,49 @@ def test_an_evaluation_measures_the_file_or_the_finished_run(small, done):
     of_run = loop.evaluate(small, workdir)
     assert of_run.accuracy == loop.evaluate(small, workdir, from_file(workdir)).accuracy == accuracy
     assert (of_run.num_images, of_run.weights) == (test.size, workdir / "small" / "checkpoint")
+
+
+def test_a_finished_run_of_another_config_is_not_evaluated(small, done):
+    with pytest.raises(ValueError, match=r"was trained with epochs=2, not 3; choose another"):
+        loop.evaluate(replace(small, epochs=3), done[0])
+
+
+def test_a_run_that_is_not_finished_is_not_evaluated(small, done):
+    with pytest.raises(ValueError, match=r"no checkpoint at .*/other/checkpoint"):
+        loop.evaluate(replace(small, name="other"), done[0])
+
+
+def test_a_damaged_checkpoint_is_not_taken_for_a_finished_run(small, done, tmp_path):
+    shutil.copytree(done[0] / "small", tmp_path / "small")
+    files = [path for path in (tmp_path / "small/checkpoint/arrays").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        train(small, tmp_path)
+
+
+def test_the_command_evaluates_a_file_of_weights_and_names_it(small, done, capsys):
+    workdir, file = done[0], done[0] / "small.safetensors"
+    sizes = ["--model", "digits_resnet8", "--width", "4", "--workdir", str(workdir)]
+    command.main(["digits_relu", *sizes, "--evaluate-only", "--init-from", str(file)])
+    words, last = capsys.readouterr().out.splitlines()[-2:]
+    assert f"digits_resnet8 with relu, weights of {file}, on 450 test images" in words
+    assert last == f"accuracy {100 * loop.evaluate(small, workdir).accuracy:.2f}"
+
+
+def test_the_command_hands_on_what_it_was_asked_for(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("nadaptor.training.dry_run.dry_run", lambda *given: asked.append(given))
+    changes = ["--seed", "3", "--width", "4", "--select", "best"]
+    weights = ["--init-from", str(tmp_path / "w.safetensors"), "--new-head"]
+    command.main(["digits_na", "--dry-run", *changes, *weights, "--keep", "5"])
+    ((config, options),) = asked
+    assert config == replace(get_config("digits_na"), seed=3, width=4, select="best")
+    assert options == dataclasses.replace(
+        DEFAULT, dry_run=True, init_from=tmp_path / "w.safetensors", new_head=True, keep=5
+    )
 
 
 def test_the_best_epoch_is_handed_on_where_that_is_asked_for(small, tmp_path, monkeypatch):

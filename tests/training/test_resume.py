@@ -249,7 +249,7 @@ def door(runs, tiny, tmp_path_factory):
         folder.mkdir(exist_ok=True)
         if not (folder / "digits_relu").exists():
             shutil.copytree(runs / "digits_relu", folder / "digits_relu")
-        sizes = ["--model", tiny.network.model, "--epochs", "3", "--workdir", folder]
+        sizes = ["--model", tiny.network.model, "--epochs", tiny.epochs, "--workdir", folder]
         command = [sys.executable, "train.py", "digits_na", *sizes, "--snapshot-steps", "5", *more]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
@@ -257,15 +257,6 @@ def door(runs, tiny, tmp_path_factory):
         )
 
     return start
-
-
-@pytest.fixture(scope="module")
-def whole(runs, tiny, tmp_path_factory):
-    """The checkpoint of the run that nobody interrupts, and its metrics."""
-    folder = tmp_path_factory.mktemp("whole")
-    shutil.copytree(runs / "digits_relu", folder / "digits_relu")
-    checkpoint = train(replace(tiny, epochs=3), folder)
-    return load_card(checkpoint, "ann")["digests"], metrics(folder)
 
 
 def metrics(folder):
@@ -282,8 +273,8 @@ def wait_for(folder, step, process):
         time.sleep(0.02)
 
 
-def test_a_run_that_is_killed_ends_as_the_one_that_is_not(door, whole, tmp_path):
-    for step, sent in ((5, signal.SIGKILL), (20, signal.SIGTERM)):
+def test_a_run_that_is_killed_ends_as_the_one_that_is_not(door, runs, tmp_path):
+    for step, sent in ((5, signal.SIGKILL), (15, signal.SIGTERM)):
         process = door(tmp_path)
         wait_for(tmp_path, step, process)
         process.send_signal(sent)
@@ -296,8 +287,11 @@ def test_a_run_that_is_killed_ends_as_the_one_that_is_not(door, whole, tmp_path)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "digits_na: resumed at step" in out
-    card = load_card(tmp_path / "digits_na/checkpoint", "ann")
-    assert (card["digests"], metrics(tmp_path)) == whole
+    found, whole = (
+        (load_card(folder / "digits_na/checkpoint", "ann")["digests"], metrics(folder))
+        for folder in (tmp_path, runs)
+    )
+    assert found == whole
 
 
 def test_a_run_resumed_with_another_config_is_refused(runs, tiny, tmp_path):

@@ -16,8 +16,6 @@ from nadaptor.models import SCALE_FLOOR, NoiseAdaptor, create, is_scale
 from nadaptor.training.state import init_state
 from nadaptor.training.step import train_step
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 BATCH = 8
 
 
