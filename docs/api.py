@@ -21,7 +21,7 @@ MODULES = (
     "nadaptor.models",
     "nadaptor.interop",
     "nadaptor.interop.nir",
-    "nadaptor.interop.weights",
+    "nadaptor.conversion.weights",
     "nadaptor.checkpoints",
     "nadaptor.training",
 )

@@ -34,7 +34,7 @@ autodoc_typehints = "none"
 PAGES = {
     "Guides": (
         "docs/quickstart", "docs/your_network", "docs/pretrained", "docs/choosing", "docs/coding",
-        "docs/command_line", "docs/deploy", "docs/imagenet", "docs/paper_scale",
+        "docs/command_line", "docs/insight", "docs/deploy", "docs/imagenet", "docs/paper_scale",
     ),
     "How it works": (
         "docs/transformations", "docs/methods", "docs/numerics", "docs/drills", "docs/design",

@@ -4,7 +4,7 @@ Everything here reads what `nadaptor.simulate` returns or a traced network, and 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,18 @@ from nadaptor.simulation import Correction, Simulation, start_carry
 from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
 
 Reference = Literal["rounded", "clipped"]
+# The histogram of occasional noise has a bin for each number of spikes from -8 to 8.
+MOST_NOISE = 8
+
+
+class LayerReport(NamedTuple):
+    """What the conversion of a layer lost, over T steps."""
+
+    silent: jax.Array  # fraction of the neurons that never spike
+    saturated: jax.Array  # fraction of the neurons that send their most
+    rate: jax.Array  # spikes per neuron and step, negative ones included
+    error: jax.Array  # [T], mean |r_t - q| as in `layer_errors`, after t steps
+    noise: jax.Array  # int32 [17], neurons with -8 to 8 spikes too many; the ends hold those beyond
 
 
 def firing_rates(sim: Simulation, num_steps: int) -> tuple[jax.Array, ...]:
@@ -142,3 +154,105 @@ def _rates(
     (_, totals, _), _ = jax.lax.scan(step, first, length=num_steps)
     pairs = zip(totals, net.layers, strict=True)
     return [total / ((1 if sums else num_steps) * layer.threshold) for total, layer in pairs]
+
+
+def conversion_report(
+    f: Callable[..., Any],
+    *args: Any,
+    num_steps: int,
+    neuron: Neuron | None = None,
+    coding: Coding = "rate",
+    nonaffine: Nonaffine = "refuse",
+    correction: Correction | None = None,
+) -> dict[str, LayerReport]:
+    """Measures of each layer what its neurons do, its error at every t, and its occasional noise.
+
+    Occasional noise is the number of spikes c_i(T) of a neuron, negative ones taken off, minus what
+    the same neuron would send if the same current arrived evenly, the same at every step:
+
+        c_i(T) - clip(floor((sum_t x_i(t) + start) / th), 0, T).
+
+    It is 0 where the current is constant, as that of an analog first layer. With sum coding it is
+    what is missing to the quantized activation, in levels.
+
+    Args:
+        f: function whose activations are quantizers of `nadaptor`.
+        *args: its arguments.
+        num_steps: T.
+        neuron: as in `nadaptor.simulate`.
+        coding: as in `nadaptor.simulate`.
+        nonaffine: as in `nadaptor.simulate`.
+        correction: as in `nadaptor.simulate`; its own steps are not counted, and the noise is that
+            of a neuron which starts as without it.
+
+    Returns:
+        A `LayerReport` by the layer's name, in the order of evaluation.
+
+    Raises:
+        ValueError: as `nadaptor.simulate`.
+
+    Example:
+        >>> import nadaptor
+        >>> f = lambda v: nadaptor.lsq(v, 0.5, levels=2)
+        >>> found = conversion_report(f, jnp.array([0.0, 0.5, 1.0, 2.0]), num_steps=4)["layer0"]
+        >>> found.silent.item(), found.saturated.item(), found.noise[MOST_NOISE].item()
+        (0.25, 0.5, 4)
+
+    Source: Noise Adaptor, sections 1 and 3; Bu et al., QCFS, 2022 ("unevenness error").
+    """
+    net = spiking(f, *args, neuron=neuron, coding=coding, nonaffine=nonaffine)
+    prepared, steps = net.prepare(*args), check_count(num_steps, "num_steps")
+    wanted = analog_activations(net, prepared, "rounded")
+    start, sums = start_carry(net, prepared, correction), net.coding == "sum"
+    zeros = net.shard([jnp.zeros(layer.shape, jnp.float32) for layer in net.layers])
+
+    def step(carry: Any, t: jax.Array) -> tuple[Any, list[jax.Array]]:
+        state, totals, fired, currents, means = carry
+
+        def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
+            threshold = net.layers[i].threshold
+            after, out = net.neuron.step(state[i], x, threshold)
+            total = out if sums else totals[i] + out
+            spikes = jnp.abs(out - totals[i] if sums else out / threshold)
+            current = x if sums else currents[i] + x
+            return (after, total, fired[i] + spikes, current), out
+
+        kept, _, means = net.advance(prepared, means, fire)
+        state, totals, fired, currents = zip(*kept, strict=True)
+        each = [
+            jnp.abs(total / layer.threshold / (1 if sums else t) - q / layer.threshold).mean()
+            for total, layer, q in zip(totals, net.layers, wanted, strict=True)
+        ]
+        return (state, totals, fired, currents, means), each
+
+    first = (start.state, zeros, zeros, zeros, start.means)
+    times = jnp.arange(1, steps + 1, dtype=jnp.float32)
+    (_, totals, fired, currents, _), errors = jax.lax.scan(step, first, times)
+    parts = zip(net.layers, totals, fired, currents, errors, strict=True)
+    return {
+        layer.name: _layer_report(layer, total, spikes, current, error, steps, sums)
+        for layer, total, spikes, current, error in parts
+    }
+
+
+def _layer_report(
+    layer: Any,
+    total: jax.Array,
+    spikes: jax.Array,
+    current: jax.Array,
+    error: jax.Array,
+    steps: int,
+    sums: bool,
+) -> LayerReport:
+    unit, most = (1, layer.threshold) if sums else (layer.threshold, steps)
+    start = layer.start / layer.threshold if sums else layer.start
+    expected = jnp.clip(jnp.floor((current + start) / unit), 0, most)
+    sent = jnp.round(total / unit)
+    noise = jnp.clip(sent - expected, -MOST_NOISE, MOST_NOISE).astype(jnp.int32)
+    return LayerReport(
+        (spikes == 0).mean(dtype=jnp.float32),
+        (sent == most).mean(dtype=jnp.float32),
+        spikes.mean() / steps,
+        error,
+        jnp.bincount(noise.ravel() + MOST_NOISE, length=2 * MOST_NOISE + 1).astype(jnp.int32),
+    )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import nadaptor
+from nadaptor import analysis
 from nadaptor.analysis import firing_rates, layer_errors
 
 
@@ -131,3 +132,51 @@ def test_a_number_of_steps_that_is_none_is_refused(num_steps):
         firing_rates(sim, num_steps)
     with pytest.raises(ValueError, match="num_steps must be a positive int"):
         layer_errors(lambda v: nadaptor.lsq(v, 1.0, 4), jnp.ones(2), num_steps=num_steps)
+
+
+REPORTS = {
+    "rate": dict(),
+    "sum": dict(coding="sum"),
+    "corrected": dict(correction=nadaptor.OffsetSpikes(4)),
+}
+
+
+def small_network(x):
+    w = jnp.array([[0.5, -0.25, 1.0], [0.25, 0.5, -0.5]])
+    return nadaptor.lsq(nadaptor.lsq(x, 0.5, levels=2) @ w, 0.25, levels=4) @ w.T
+
+
+@pytest.mark.parametrize("options", REPORTS.values(), ids=REPORTS)
+def test_report_agrees_with_the_recording_and_the_layer_errors(options):
+    x, steps = jnp.array([[0.25, 1.0], [0.5, 0.0], [0.75, 0.5], [-1.0, 0.25]]), 6
+    found = analysis.conversion_report(small_network, x, num_steps=steps, **options)
+    recorded = nadaptor.record(small_network, x, num_steps=steps, **options)
+    errors = analysis.layer_errors(small_network, x, num_steps=steps, **options)
+    for name, layer in found.items():
+        z = np.asarray(recorded[name].spikes)
+        np.testing.assert_allclose(layer.silent, (np.abs(z).sum(0) == 0).mean(), rtol=1e-6)
+        np.testing.assert_allclose(layer.rate, np.abs(z).mean(), rtol=1e-6)
+        most = steps if options.get("coding") != "sum" else {"layer0": 2, "layer1": 4}[name]
+        np.testing.assert_allclose(layer.saturated, (z.sum(0) == most).mean(), rtol=1e-6)
+        np.testing.assert_allclose(layer.error[-1], errors[name], rtol=1e-6)
+        assert int(layer.noise.sum()) == z[0].size
+
+
+def test_noise_is_zero_where_the_current_is_constant_and_after_sums_have_settled():
+    x = jnp.linspace(-1, 2, 40)[:, None] * jnp.ones(2)
+    for steps in (1, 5, 8):
+        first = analysis.conversion_report(small_network, x, num_steps=steps)["layer0"]
+        assert first.noise[analysis.MOST_NOISE] == x.size
+    for layer in analysis.conversion_report(small_network, x, num_steps=32, coding="sum").values():
+        assert layer.noise[analysis.MOST_NOISE] == layer.noise.sum()
+
+
+def test_noise_counts_spikes_that_uneven_currents_cause():
+    def f(x):
+        a, b = nadaptor.lsq(x[:, 0], 1.0, levels=1), nadaptor.lsq(x[:, 1], 1.0, levels=1)
+        return nadaptor.lsq(a - 2 * b, 1.0, levels=1) * 1.0
+
+    # a fires at every step and b at the third only: 1, 1 and -1 arrive, and two spikes are sent,
+    # where 1/3 at each of three steps would give one.
+    noise = analysis.conversion_report(f, jnp.array([[1.0, 0.1875]]), num_steps=3)["layer2"].noise
+    assert np.flatnonzero(noise).tolist() == [analysis.MOST_NOISE + 1]

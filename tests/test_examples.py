@@ -1,6 +1,7 @@
 """The examples run, and what they say is so."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -42,3 +43,16 @@ def test_training_loop_ends_at_a_spiking_network_that_reads_digits():
     assert accuracy.shape == (16,)
     assert accuracy[0] > 0.75
     assert accuracy[-1] > 0.85
+
+
+def test_cells_of_the_notebook_run_and_show_what_the_text_says():
+    cells = json.loads((FOLDER / "looking_inside.ipynb").read_text())["cells"]
+    names = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "looking_inside.ipynb", "exec"), names)
+            assert cell["outputs"] == []  # figures are made where it is run
+    assert names["accuracy"][-1] > 0.85 and names["ann"] > 0.85
+    first, second = (layer.noise for layer in names["report"].values())
+    assert first[8] == first.sum() and second[8] < second.sum()
+    assert len(cells) == 14

@@ -1,5 +1,8 @@
 """Recordings against simulations and against the equations of the neuron."""
 
+import collections
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 import nadaptor
 from nadaptor import recording
+from nadaptor._jaxpr.trace import sub_jaxprs
 
 W = jnp.array([[0.5, -0.25, 1.0], [0.25, 0.5, -0.5]])
 X = jnp.array([[0.25, 1.0], [0.5, 0.0], [0.75, 0.5], [-1.0, 0.25]])
@@ -94,3 +98,104 @@ def test_rates_need_recorded_spikes():
     rec = nadaptor.record(f, X, num_steps=T, quantities=["currents"])
     with pytest.raises(ValueError, match="add 'spikes' to quantities"):
         recording.mean_rates(rec)
+
+
+class Leaky(NamedTuple):
+    """A neuron of one's own, whose potential decays by half at every step."""
+
+    def init(self, shape, threshold, start):
+        return jnp.full(shape, start, jnp.float32)
+
+    def step(self, state, x, threshold):
+        u = state / 2 + x
+        out = threshold * (u >= threshold).astype(u.dtype)
+        return u - out, out
+
+
+class Hidden(Leaky):
+    """The same, its state under another name."""
+
+    def init(self, shape, threshold, start):
+        return {"u": jnp.full(shape, start, jnp.float32)}
+
+    def step(self, state, x, threshold):
+        u, out = super().step(state["u"], x, threshold)
+        return {"u": u}, out
+
+
+def test_a_neuron_of_ones_own_is_recorded_by_its_own_equation():
+    for layer, threshold in zip(
+        nadaptor.record(f, X, num_steps=T, neuron=Leaky()).values(), (2, 4), strict=True
+    ):
+        before = jnp.concatenate([jnp.full_like(layer.potentials[:1], threshold / 2),
+                                  layer.potentials[:-1]])
+        wanted = before / 2 + layer.currents - threshold * layer.spikes
+        np.testing.assert_array_equal(layer.potentials, wanted)
+    with pytest.raises(ValueError, match="call it potential there"):
+        nadaptor.record(f, X, num_steps=T, neuron=Hidden())
+    rec = nadaptor.record(f, X, num_steps=T, neuron=Hidden(), quantities=["spikes"])
+    whole = nadaptor.record(f, X, num_steps=T, neuron=Leaky(), quantities=["spikes"])
+    for name in whole:
+        np.testing.assert_array_equal(rec[name].spikes, whole[name].spikes)
+
+
+def test_running_means_are_recorded_as_the_simulation_has_them():
+    def pooled(x):
+        first = nadaptor.lsq(x, 0.5, levels=2)
+        return nadaptor.lsq(jax.nn.relu(first - 0.23) @ W, 0.27, levels=4) @ W.T
+
+    options = dict(num_steps=T, nonaffine="running_mean")
+    rec = nadaptor.record(pooled, X, **options)
+    sim = nadaptor.simulate(pooled, X, **options)
+    for count, wanted in zip(recording.spike_counts(rec).values(), sim.spike_counts, strict=True):
+        np.testing.assert_array_equal(count, wanted)
+    # Up to t the layer has got t times the operation on the mean of the spikes so far.
+    mean = jnp.cumsum(rec["layer0"].spikes, 0) / jnp.arange(1, T + 1)[:, None, None]
+    total = jax.nn.relu(mean - 0.23) @ W / 0.27 * jnp.arange(1, T + 1)[:, None, None]
+    np.testing.assert_allclose(jnp.cumsum(rec["layer1"].currents, 0), total, rtol=1e-5, atol=1e-5)
+
+
+def test_a_calibrated_threshold_is_recorded_in_units_of_the_activation():
+    def calibrated(x):
+        return nadaptor.clipped_relu(nadaptor.clipped_relu(x, 0.75) @ W, 0.3) @ W.T
+
+    rec = nadaptor.record(calibrated, X, num_steps=T)
+    sim = nadaptor.simulate(calibrated, X, num_steps=T)
+    for count, wanted in zip(recording.spike_counts(rec).values(), sim.spike_counts, strict=True):
+        np.testing.assert_array_equal(count, wanted)
+    first = rec["layer0"]
+    np.testing.assert_allclose(first.currents, jnp.broadcast_to(X / 0.75, (T, *X.shape)), rtol=1e-6)
+
+
+def count_operations(jaxpr):
+    """Every equation, those in bodies of scans and calls included, by its name."""
+    counts = collections.Counter(eqn.primitive.name for eqn in jaxpr.eqns)
+    for eqn in jaxpr.eqns:
+        for sub in sub_jaxprs(eqn.params):
+            counts += count_operations(sub)
+    return counts
+
+
+def test_a_layer_that_is_not_recorded_costs_no_operation():
+    def operations(layers, quantities):
+        def run(x):
+            return nadaptor.record(f, x, num_steps=T, layers=layers, quantities=quantities)
+
+        return count_operations(jax.make_jaxpr(run)(X).jaxpr)
+
+    bare = count_operations(jax.make_jaxpr(step_alone)(X).jaxpr)
+    none = operations([], ["spikes"])
+    assert none["dot_general"] == bare["dot_general"]
+    assert none["round"] == bare["round"] == 0
+    some = operations(["layer1"], ["currents"])
+    assert some["round"] == 0
+    assert operations(["layer1"], ["spikes"])["round"] == 1
+
+
+def step_alone(x):
+    """The network stepped T times, and nothing kept."""
+    net = nadaptor.spiking(f, x)
+    prepared = net.prepare(x)
+    return jax.lax.scan(
+        lambda state, _: (net.step(state, prepared)[0], None), net.init(prepared), length=T
+    )[0]

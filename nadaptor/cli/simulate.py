@@ -11,6 +11,7 @@ from nadaptor.cli.command import program, read_words, refuse_idle, use_every_cor
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
 from nadaptor.conversion.convert import load_spikes
 from nadaptor.evaluation.exported import simulate_exported, write_exported
+from nadaptor.evaluation.insight import write_insight
 from nadaptor.evaluation.report import simulate_checkpoint, write_report
 from nadaptor.neurons import Coding
 
@@ -40,6 +41,7 @@ def simulate_command(
     fast_convolution: bool = False,
     data_dir: Path | None = None,
     dataset: str | None = None,
+    report: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Prints accuracy at every time step, spikes and early exit; saves CSV, JSON and a plot.
@@ -59,6 +61,8 @@ def simulate_command(
         fast_convolution: Use Winograd's convolutions: faster on a CPU, and a few spikes may flip.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         dataset: Data set for an artefact of your own, whose sidecar names none.
+        report: Folder for a conversion report as well: a page with the layers' thresholds, rates,
+            errors and occasional noise, energy and pictures, of the first 16 images.
         out: Folder for the files; by default "simulation-SPLIT" beside the checkpoint, with
             "-sum" or "-CORRECTION" at the end where it applies.
     """
@@ -71,6 +75,7 @@ def simulate_command(
             "--confidence": confidence,
             "--fast-convolution": fast_convolution,
         }
+        options["--report"] = report
         refuse_idle(options, "with an artefact, which has its own")
         out = checkpoint.parent / f"simulation-{split}-exported" if out is None else out
         measured = simulate_exported(checkpoint, split, dataset, data_dir, num_images)
@@ -87,7 +92,9 @@ def simulate_command(
     out = checkpoint.parent / name if out is None else out
     # Before all the work, not after it; the folder is made when there is something to write.
     check_writable(next(folder for folder in (out, *out.parents) if folder.exists()))
-    report = simulate_checkpoint(
+    measured = simulate_checkpoint(
         checkpoint, count, split, inference, data_dir, num_images, confidence
     )
-    write_report(report, out)
+    write_report(measured, out)
+    if report is not None:
+        write_insight(checkpoint, measured, inference, report, data_dir)

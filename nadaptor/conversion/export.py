@@ -10,11 +10,11 @@ from nadaptor.checkpoints.checkpoint import load_card
 from nadaptor.configs.config import to_json
 from nadaptor.configs.inference import PLAIN, Inference
 from nadaptor.conversion.convert import load_snn
+from nadaptor.conversion.weights import named_weights, save_weights
 from nadaptor.data.config import DataConfig
 from nadaptor.data.registry import get_spec
 from nadaptor.data.source import PHOTOGRAPHS, Spec, normalize
 from nadaptor.deployment import export
-from nadaptor.interop.weights import named_weights, save_weights
 
 Form = Literal["jax", "safetensors"]
 

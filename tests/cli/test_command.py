@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import json
 import os
 import runpy
 import shutil
@@ -14,7 +15,7 @@ from nadaptor.cli import main as console
 from nadaptor.cli.command import run_command, spread_over_cores
 from nadaptor.cli.main import COMMANDS
 from nadaptor.configs.named import CONFIGS
-from nadaptor.interop.weights import load_weights
+from nadaptor.conversion.weights import load_weights
 from nadaptor.models.registry import MODELS
 from nadaptor.studies import demo
 from nadaptor.studies import study as grid
@@ -74,6 +75,15 @@ def test_an_exported_network_scores_what_the_spiking_one_does(call, nadaptor, ru
     assert call("simulate.py", net, "--num-images", 40, "--out", tmp_path / "exported")[0] == 0
     live, exported = ((tmp_path / n / "accuracy.csv").read_text() for n in ("live", "exported"))
     assert live == exported and len(live.splitlines()) == 4
+    sizes = ["--num-images", 8, "--out", tmp_path / "again", "--report", tmp_path / "report"]
+    code, out, err = call("simulate.py", snn, "--num-steps", 2, *sizes)
+    assert code == 0 and out.splitlines()[-1] == f"written: {tmp_path}/report/report.html", err
+    page = (tmp_path / "report" / "report.html").read_text()
+    told = json.loads((tmp_path / "report" / "conversion.json").read_text())
+    assert all(layer in page for layer in told["layers"]) and page.count("data:image/svg") == 6
+    assert {"accuracy_over_energy", "errors", "exits", "noise", "spikes"} < {
+        p.stem for p in (tmp_path / "report").glob("*.png")
+    }
     content = net.read_bytes()
     net.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refused(call("simulate.py", net), "net.jax is damaged")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nadaptor.interop.weights import load_weights, named_weights, save_weights
+from nadaptor.conversion.weights import load_weights, named_weights, save_weights
 
 VARIABLES = {
     "params": {
