@@ -17,7 +17,7 @@ MODULES = (
     "nadaptor.analysis",
     "nadaptor.recording",
     "nadaptor.operations",
-    "nadaptor.deployment",
+    "nadaptor.simulation.deployment",
     "nadaptor.models",
     "nadaptor.interop",
     "nadaptor.interop.nir",

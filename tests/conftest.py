@@ -18,7 +18,7 @@ LONGEST = (
     "test_loop.py",
     "test_methods.py",
     "test_accuracy.py",
-    "test_simulation.py",
+    "simulation/test_scan.py",
     "test_calls.py",
 )
 

@@ -302,7 +302,7 @@ WRONG = {
         lambda v: lsq(v) * jax.random.bernoulli(jax.random.key(0), 0.5, v.shape), {}, "random"
     ),
     "loop": Wrong(lambda v: lax.while_loop(lambda v: v.sum() < 0, lsq, lsq(v)), {}, "holds a"),
-    "nothing": Wrong(lambda v: v, {}, "nothing would spike"),
+    "nothing": Wrong(lambda v: v, {}, "no quantizer is left"),
 }
 
 

@@ -226,9 +226,9 @@ def test_a_quantizer_that_would_stay_analog_is_refused(hidden, where):
 @pytest.mark.parametrize(
     ("f", "words"),
     [
-        (lambda x: 2 * x, "nothing would spike; use nadaptor.lsq"),
-        (lambda x: (q(x), x)[1], "nothing would spike"),
-        (lambda x: (), "nothing would spike"),
+        (lambda x: 2 * x, "no quantizer is left"),
+        (lambda x: (q(x), x)[1], "no quantizer is left"),
+        (lambda x: (), "no quantizer is left"),
         (lambda x: (q(x), {"a": x}), r"no spike reaches \[1\]\['a'\]"),
         (lambda x: (q(x), 1.0), r"no spike reaches \[1\] of the function's result"),
     ],

@@ -14,7 +14,7 @@ from nadaptor.conversion.weights import named_weights, save_weights
 from nadaptor.data.config import DataConfig
 from nadaptor.data.registry import get_spec
 from nadaptor.data.source import PHOTOGRAPHS, Spec, normalize
-from nadaptor.deployment import export
+from nadaptor.simulation.deployment import export
 
 Form = Literal["jax", "safetensors"]
 

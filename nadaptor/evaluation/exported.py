@@ -12,9 +12,9 @@ from nadaptor.data.config import DataConfig
 from nadaptor.data.loader import evaluation_batches
 from nadaptor.data.registry import open_split
 from nadaptor.data.source import Source, normalize
-from nadaptor.deployment import Exported, load_exported, output_of
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import percent
+from nadaptor.simulation.deployment import Exported, load_exported, output_of
 
 BATCH_SIZE = 128
 

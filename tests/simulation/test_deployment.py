@@ -13,7 +13,7 @@ import pytest
 
 import nadaptor
 from nadaptor.checkpoints.card import seal
-from nadaptor.deployment import load_exported, sidecar_of
+from nadaptor.simulation.deployment import load_exported, sidecar_of
 
 W = jnp.array([[0.5, -0.25, 1.0], [0.25, 0.5, -0.5]])
 X = jnp.array([[0.25, 1.0], [0.5, 0.0], [0.75, 0.5], [-1.0, 0.25]])
@@ -139,7 +139,7 @@ def test_an_artefact_beside_the_sidecar_of_another_is_refused(net, tmp_path):
 
 
 def test_the_reader_of_the_page_needs_neither_this_library_nor_flax(tmp_path):
-    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
     (reader,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "hashlib" in b]
     assert len(reader.split("\n\n")[-1].splitlines()) <= 10
     options = dict(num_steps=T, class_names=["a", "b"], platforms=["cpu"])
