@@ -49,6 +49,7 @@ drills: .venv
 
 lint: .venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 .venv: .venv/.installed

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 
 from nadaptor._files import sync_folder, write_json
+from nadaptor._files.card import DamagedError, fields_of, seal, unseal
 from nadaptor._version import __version__
-from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
 from nadaptor.errors import RunError
 
 Kind = Literal["ann", "snn", "network"]

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp, StBif, spiking
+from nadaptor._files.card import DamagedError, brief, fields_of
 from nadaptor.calibration import Calibration
-from nadaptor.checkpoints.card import DamagedError, brief, fields_of
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from nadaptor.neurons import Coding, Neuron, rectangle, triangle
 from nadaptor.simulation import Correction

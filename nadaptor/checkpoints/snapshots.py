@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from nadaptor._files import check_writable
-from nadaptor.checkpoints.card import DamagedError, brief, fields_of, first_difference, seal, unseal
+from nadaptor._files.card import DamagedError, brief, fields_of, first_difference, seal, unseal
 from nadaptor.checkpoints.checkpoint import (
     FILE_BYTES,
     check_stored,

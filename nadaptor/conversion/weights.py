@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from nadaptor._files import making, write_bytes
-from nadaptor.checkpoints.card import DamagedError, seal, unseal
+from nadaptor._files.card import DamagedError, seal, unseal
 from nadaptor.checkpoints.checkpoint import digests
 
 _CARD = "nadaptor"

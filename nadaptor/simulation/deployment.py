@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from nadaptor._checks import check_count, extra
 from nadaptor._files import making, write_bytes, write_json
+from nadaptor._files.card import DamagedError, seal, unseal
 from nadaptor._version import __version__
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction, simulate
@@ -91,9 +92,6 @@ def export(
         ...     load_exported(f"{folder}/net.jax").call(jnp.ones((5, 3))).shape
         (4, 5, 1)
     """
-    # At the call: the package of checkpoints imports this one.
-    from nadaptor.checkpoints.card import seal
-
     _need_flatbuffers()
     from jax import export as jax_export
 
@@ -179,8 +177,6 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, damaged, or of another program.
     """
-    from nadaptor.checkpoints.card import DamagedError, unseal
-
     file = sidecar_of(path)
     try:
         card = unseal(json.loads(_read(file)))

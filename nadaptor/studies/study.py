@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 from nadaptor._checks import check_count
 from nadaptor._files import check_writable, hold, write_json
+from nadaptor._files.card import DamagedError, fields_of, seal, unseal
 from nadaptor._provenance import provenance
-from nadaptor.checkpoints.card import DamagedError, fields_of, seal, unseal
 from nadaptor.configs.config import Config, Dtype, replace, to_json, today
 from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.named import INHERITED, get_config

@@ -12,7 +12,7 @@ import numpy as np
 
 from nadaptor._checks import check_local
 from nadaptor._files import hold
-from nadaptor.checkpoints.card import first_difference
+from nadaptor._files.card import first_difference
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint, versions
 from nadaptor.checkpoints.snapshots import Snapshot, Snapshots, setting_of
 from nadaptor.configs.config import Config, from_json, to_json

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
-from nadaptor.checkpoints.card import fields_of
+from nadaptor._files.card import fields_of
 from nadaptor.errors import RunError
 
 # A loss that stays for so many steps above so many times that of guessing does not come back.

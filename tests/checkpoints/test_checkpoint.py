@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from nadaptor.checkpoints.card import FORMAT, DamagedError, fields_of, seal, unseal
+from nadaptor._files.card import FORMAT, DamagedError, fields_of, seal, unseal
 from nadaptor.checkpoints.checkpoint import digests, load_card, load_checkpoint, save_checkpoint
 from nadaptor.errors import RunError
 

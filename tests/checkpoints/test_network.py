@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 import nadaptor
+from nadaptor._files.card import seal
 from nadaptor.calibration import calibrate_thresholds, maximum
-from nadaptor.checkpoints.card import seal
 from nadaptor.checkpoints.network import load_network, save_network
 from nadaptor.errors import RunError
 from nadaptor.neurons import triangle

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import nadaptor
-from nadaptor.checkpoints.card import seal
+from nadaptor._files.card import seal
 from nadaptor.simulation.deployment import load_exported, sidecar_of
 
 W = jnp.array([[0.5, -0.25, 1.0], [0.25, 0.5, -0.5]])

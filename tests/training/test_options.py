@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nadaptor._files import hold
-from nadaptor.checkpoints.card import seal
+from nadaptor._files.card import seal
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint
 from nadaptor.checkpoints.snapshots import Snapshot
 from nadaptor.cli import train as command

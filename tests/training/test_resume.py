@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from nadaptor.checkpoints.card import seal
+from nadaptor._files.card import seal
 from nadaptor.checkpoints.checkpoint import load_card, load_checkpoint, save_checkpoint
 from nadaptor.checkpoints.snapshots import Snapshots
 from nadaptor.configs.config import replace

@@ -45,7 +45,7 @@ def unseal(card: Any) -> dict[str, Any]:
     Example:
         >>> unseal({**seal({"accuracy": 0.9}), "accuracy": 0.99})
         Traceback (most recent call last):
-        nadaptor.checkpoints.card.DamagedError: its digest is another
+        nadaptor._files.card.DamagedError: its digest is another
     """
     if type(card) is not dict:
         raise DamagedError("it is no mapping of fields")
@@ -85,7 +85,7 @@ def fields_of(record: type[Record], card: Mapping[str, Any]) -> Record:
         ...     x: int
         >>> fields_of(Point, {"x": "3"})
         Traceback (most recent call last):
-        nadaptor.checkpoints.card.DamagedError: its x is '3', which is no int
+        nadaptor._files.card.DamagedError: its x is '3', which is no int
     """
     found, hints = {}, typing.get_type_hints(record)
     for field in dataclasses.fields(typing.cast(Any, record)):
