@@ -18,7 +18,12 @@ author = "the nadaptor authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
 include_patterns = [
-    "README.md", "RESULTS.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/**.md"
+    "README.md",
+    "RESULTS.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "docs/**.md",
 ]
 html_theme = "furo"
 html_title = "nadaptor"
@@ -33,16 +38,32 @@ autodoc_typehints = "none"
 
 PAGES = {
     "Guides": (
-        "docs/quickstart", "docs/your_network", "docs/pretrained", "docs/choosing", "docs/coding",
-        "docs/command_line", "docs/insight", "docs/deploy", "docs/imagenet", "docs/paper_scale",
+        "docs/quickstart",
+        "docs/your_network",
+        "docs/pretrained",
+        "docs/choosing",
+        "docs/coding",
+        "docs/command_line",
+        "docs/insight",
+        "docs/deploy",
+        "docs/imagenet",
+        "docs/paper_scale",
     ),
     "How it works": (
-        "docs/transformations", "docs/methods", "docs/numerics", "docs/drills", "docs/design",
+        "docs/transformations",
+        "docs/methods",
+        "docs/numerics",
+        "docs/drills",
+        "docs/design",
         "docs/glossary",
     ),
     "Results": (
-        "RESULTS", "docs/results/paper", "docs/results/fit", "docs/results/cifar10_cpu",
-        "docs/results/digits", "docs/results/speed",
+        "RESULTS",
+        "docs/results/paper",
+        "docs/results/fit",
+        "docs/results/cifar10_cpu",
+        "docs/results/digits",
+        "docs/results/speed",
     ),
     "Reference": ("docs/api", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }

@@ -183,7 +183,7 @@ def check_local(path: object, what: str) -> None:
     # Path("gs://bucket") is gs:/bucket.
     scheme = re.match(r"([A-Za-z][\w+.-]+):/+(?=[^/])", str(path))
     if scheme:
-        address = f"{scheme[1]}://{str(path)[scheme.end():]}"
+        address = f"{scheme[1]}://{str(path)[scheme.end() :]}"
         raise ValueError(
             f"{what} must be a local folder, not {address}; mount the bucket, as gcsfuse does, or "
             "use local disk and copy"

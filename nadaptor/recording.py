@@ -88,9 +88,7 @@ def record(
     if unknown or not quantities:
         raise ValueError(f"quantities={quantities!r}: name some of {', '.join(QUANTITIES)}")
     check_frames(args, over_time, num_steps, correction)
-    net = spiking(
-        f, *args, neuron=neuron, coding=coding, nonaffine=nonaffine, over_time=over_time
-    )
+    net = spiking(f, *args, neuron=neuron, coding=coding, nonaffine=nonaffine, over_time=over_time)
     chosen = _choose(net, layers)
     prepared = net.prepare(*args)
     start = start_carry(net, prepared, correction)

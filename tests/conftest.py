@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items):
         if "runs" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
 
+
 # What is drawn at random: a few cases, always the same, or with HYPOTHESIS_PROFILE=long many new.
 _UNHEALTHY = list(HealthCheck)
 _COMMON = dict(deadline=None, suppress_health_check=_UNHEALTHY, database=None)

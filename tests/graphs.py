@@ -147,9 +147,7 @@ def evaluate(operations, x, activate):
 
 def quantized(operations, x):
     """What the quantized network computes without noise."""
-    return evaluate(
-        operations, x, lambda i, v, s, p: s * np.clip(np.floor(v / s + 0.5), 0, p)
-    )
+    return evaluate(operations, x, lambda i, v, s, p: s * np.clip(np.floor(v / s + 0.5), 0, p))
 
 
 def over_time(operations, x, num_steps, start=None):

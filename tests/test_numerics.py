@@ -141,9 +141,7 @@ def test_eq_1_2_and_6_hold_over_256_steps(levels):
     assert away.mean() > 0.9
     np.testing.assert_array_equal(sim.spike_counts[0][away], counts[away])
     assert np.abs(np.asarray(sim.spike_counts[0]) - counts).max() <= 1
-    np.testing.assert_allclose(
-        sim.outputs[-1][away], (levels * counts / steps)[away], rtol=2**-22
-    )
+    np.testing.assert_allclose(sim.outputs[-1][away], (levels * counts / steps)[away], rtol=2**-22)
 
 
 @pytest.mark.parametrize("scale", [2.0**-127, 1e-40, 1e-45, 2.0**127])

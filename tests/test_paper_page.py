@@ -32,8 +32,12 @@ def test_every_row_of_the_tables_has_a_line_and_those_of_tables_4_and_5_two_more
 def report():
     config = to_json(get_config("cifar10_resnet18_na_p2"))
     return {
-        "config": config, "split": "test", "num_images": 10_000, "num_steps": 2,
-        "ann_deterministic": 0.875, "accuracy": [0.25, 0.5],
+        "config": config,
+        "split": "test",
+        "num_images": 10_000,
+        "num_steps": 2,
+        "ann_deterministic": 0.875,
+        "accuracy": [0.25, 0.5],
     }
 
 

@@ -127,8 +127,9 @@ def test_a_neuron_of_ones_own_is_recorded_by_its_own_equation():
     for layer, threshold in zip(
         nadaptor.record(f, X, num_steps=T, neuron=Leaky()).values(), (2, 4), strict=True
     ):
-        before = jnp.concatenate([jnp.full_like(layer.potentials[:1], threshold / 2),
-                                  layer.potentials[:-1]])
+        before = jnp.concatenate(
+            [jnp.full_like(layer.potentials[:1], threshold / 2), layer.potentials[:-1]]
+        )
         wanted = before / 2 + layer.currents - threshold * layer.spikes
         np.testing.assert_array_equal(layer.potentials, wanted)
     with pytest.raises(ValueError, match="call it potential there"):

@@ -79,14 +79,10 @@ def test_torch_module_becomes_a_spiking_network_in_both_codings(network):
     one = nadaptor.quantize(f, levels=1)
     scales = one.init(params, images)
     rate = nadaptor.simulate(one, scales, params, images, num_steps=1)
-    np.testing.assert_allclose(
-        rate.outputs[-1], one(scales, params, images), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(rate.outputs[-1], one(scales, params, images), rtol=1e-4, atol=1e-5)
     two = nadaptor.quantize(f, levels=2)
     total = nadaptor.simulate(two, scales, params, images, num_steps=16, coding="sum")
-    np.testing.assert_allclose(
-        total.outputs[-1], two(scales, params, images), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(total.outputs[-1], two(scales, params, images), rtol=1e-4, atol=1e-5)
     assert all(count.sum() > 0 for count in total.spike_counts)
 
 

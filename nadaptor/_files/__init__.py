@@ -83,9 +83,7 @@ def hold(path: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read(200).strip() or "another program"
-            raise HeldError(
-                f"{path} is being made by {holder}; wait for it, or end it"
-            ) from None
+            raise HeldError(f"{path} is being made by {holder}; wait for it, or end it") from None
         # A holder that has just ended removes the file, and another may have made it anew.
         if not lock.exists() or os.fstat(file.fileno()).st_ino != lock.stat().st_ino:
             stack.enter_context(hold(path))

@@ -127,7 +127,8 @@ CONFIGS: Mapping[str, Callable[[], Config]] = MappingProxyType(
 )
 # A parent's weights fit, and its validation images were held out of it, where these agree.
 INHERITED = (
-    "seed", *(f.name for group in (DataConfig, NetworkConfig) for f in dataclasses.fields(group))
+    "seed",
+    *(f.name for group in (DataConfig, NetworkConfig) for f in dataclasses.fields(group)),
 )
 
 

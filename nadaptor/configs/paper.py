@@ -134,9 +134,7 @@ def cifar10_resnet20_lsq() -> Config:
 
     `python train.py cifar10_resnet20_lsq --init-from FILE`
     """
-    return replace(
-        cifar10_resnet20_na(), name="cifar10_resnet20_lsq", activation="lsq"
-    )
+    return replace(cifar10_resnet20_na(), name="cifar10_resnet20_lsq", activation="lsq")
 
 
 def imagenet_resnet50() -> Config:

@@ -160,9 +160,7 @@ def _calibrate(
     rule = _rule(options)
 
     def run(variables: Any, images: jax.Array) -> Calibration:
-        found = calibrate_thresholds(
-            model.apply, variables, images, rule=rule, nonaffine=nonaffine
-        )
+        found = calibrate_thresholds(model.apply, variables, images, rule=rule, nonaffine=nonaffine)
         if not options.biases:
             return found
         return calibrate_biases(

@@ -189,9 +189,7 @@ def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _layer_error(
-    folded: nn.Module, spikes: Spikes, variables: Any, images: jax.Array
-) -> jax.Array:
+def _layer_error(folded: nn.Module, spikes: Spikes, variables: Any, images: jax.Array) -> jax.Array:
     """Of all layers, each fed with the analog values of the ones before."""
     net = spiking(folded.apply, variables, images, **spikes._asdict())
 

@@ -92,7 +92,5 @@ def _quantized(origin: Origin, options: QuantizeOptions, from_file: bool) -> Con
         raise ValueError(f"{config.name} is of full precision: say by --quantize how many levels")
     levels = config.quantizer.levels if levels is None else levels
     return check_config(
-        replace(
-            config, activation="lsq", levels=levels, scale_init="mmse_relu", dtype="float32"
-        )
+        replace(config, activation="lsq", levels=levels, scale_init="mmse_relu", dtype="float32")
     )

@@ -130,13 +130,16 @@ def _pictures(
 ) -> dict[str, tuple[str, Any]]:
     """A caption and a figure by the name of the file."""
     name, accuracy, ann = (
-        measured["config"]["name"], measured["accuracy"], measured["ann_deterministic"]
+        measured["config"]["name"],
+        measured["accuracy"],
+        measured["ann_deterministic"],
     )
     curve = Curve(name, accuracy, [0.0] * len(accuracy))
     run = pictures.Run(name, accuracy, spent.total.energy / images)
     drawn = {
         "accuracy_over_time": (
-            "Accuracy over time steps", pictures.accuracy_over_time([curve], ann)
+            "Accuracy over time steps",
+            pictures.accuracy_over_time([curve], ann),
         ),
         "accuracy_over_energy": (
             "Accuracy over the energy of an image",
@@ -168,8 +171,13 @@ def _trains(
     name = names[len(names) // 2]
     one = images[:1]
     found = record(
-        model.apply, variables, one, num_steps=steps, layers=[name],
-        quantities=("spikes", "potentials"), **options,
+        model.apply,
+        variables,
+        one,
+        num_steps=steps,
+        layers=[name],
+        quantities=("spikes", "potentials"),
+        **options,
     )[name]
     how = {name: options[name] for name in ("coding", "nonaffine")}
     net = spiking(model.apply, variables, one, **how)

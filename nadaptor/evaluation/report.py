@@ -140,5 +140,3 @@ def _exit_row(row: Mapping[str, float]) -> dict[str, str]:
         "accuracy": percent(row["accuracy"]),
         "mean steps": f"{row['mean_steps']:.2f}",
     }
-
-

@@ -153,9 +153,11 @@ def _node(kind: str, node: Any, weights: Any, x: Any) -> Any:
     rank = x.ndim - 2
     stride, dilation = (_each(value, rank) for value in (node.stride, node.dilation))
     padding = node.padding
-    padding = _text({"p": padding}, "p").upper() if isinstance(padding, str | bytes) else [
-        (p, p) for p in _each(padding, rank)
-    ]
+    padding = (
+        _text({"p": padding}, "p").upper()
+        if isinstance(padding, str | bytes)
+        else [(p, p) for p in _each(padding, rank)]
+    )
     y = jax.lax.conv_general_dilated(
         x,
         weights["weight"],

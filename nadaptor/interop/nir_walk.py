@@ -295,8 +295,10 @@ def _merged(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     for term in terms:
         if term.linear is None:
             before = plain.get(term.nodes)
-            plain[term.nodes] = term if before is None else term._replace(
-                scale=np.asarray(before.scale + term.scale, np.float32)
+            plain[term.nodes] = (
+                term
+                if before is None
+                else term._replace(scale=np.asarray(before.scale + term.scale, np.float32))
             )
     return (*(t for t in terms if t.linear is not None), *plain.values())
 

@@ -232,9 +232,7 @@ class AnyLevel(NoiseAdaptor):
         ]
         return jax.lax.switch(self._draw(), noisy, keys, v)
 
-    def _noisy(
-        self, keys: jax.Array, v: jax.Array, threshold: jax.Array, levels: int
-    ) -> jax.Array:
+    def _noisy(self, keys: jax.Array, v: jax.Array, threshold: jax.Array, levels: int) -> jax.Array:
         return self.quantize_noisy(keys, v, threshold / levels, levels)
 
     def _draw(self) -> jax.Array:

@@ -19,9 +19,7 @@ from nadaptor.models.threshold_activations import Qcfs, SlipRelu, Ttrbr
 from nadaptor.quantizers import GradientMode
 
 # Activations with a spiking network, and the one of full precision.
-Spiking = Literal[
-    "lsq", "noise_adaptor", "any_level", "clipped_relu", "qcfs", "slip_relu", "ttrbr"
-]
+Spiking = Literal["lsq", "noise_adaptor", "any_level", "clipped_relu", "qcfs", "slip_relu", "ttrbr"]
 Activation = Literal["relu", Spiking]
 
 
@@ -103,9 +101,7 @@ def check_network(network: NetworkConfig, quantizer: QuantizerConfig) -> None:
     for levels in (quantizer.levels, *quantizer.drawn_levels):
         check_levels(levels)
     if not 0 < quantizer.initial_threshold < float("inf"):
-        raise ValueError(
-            f"initial_threshold must be positive, not {quantizer.initial_threshold!r}"
-        )
+        raise ValueError(f"initial_threshold must be positive, not {quantizer.initial_threshold!r}")
     if not 0 <= quantizer.noise_amplitude < float("inf"):
         raise ValueError(f"noise_amplitude must be a number >= 0, not {quantizer.noise_amplitude}")
 

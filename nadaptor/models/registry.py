@@ -35,9 +35,7 @@ _DIGITS = {
     )
     for blocks in (1, 3)
 }
-_VGG_STAGES = {
-    11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)
-}
+_VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 _HEADS: Mapping[str, Head] = {"": "imagenet", "cifar_": "cifar"}
 _VGG = {
     f"{prefix}vgg{depth}{suffix}": functools.partial(

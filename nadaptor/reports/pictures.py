@@ -53,8 +53,12 @@ def accuracy_over_energy(runs: Sequence[Run], ann: tuple[float, float] | None = 
     figure = new_figure(6, 4)
     axes = figure.subplots()
     for run in runs:
-        axes.plot(np.asarray(run.energy) / 1e3, 100 * np.asarray(run.accuracy), marker=".",
-                  label=run.label)
+        axes.plot(
+            np.asarray(run.energy) / 1e3,
+            100 * np.asarray(run.accuracy),
+            marker=".",
+            label=run.label,
+        )
     if ann is not None:
         axes.plot(ann[1] / 1e3, 100 * ann[0], "*", color="gray", markersize=12, label="ANN")
     axes.set_xscale("log")
@@ -70,8 +74,14 @@ def error_map(errors: Mapping[str, Any]) -> Any:
     values = np.array([np.asarray(row) for row in errors.values()])
     figure = new_figure(6, 1.6 + 0.26 * len(values))
     axes = figure.subplots()
-    image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0,
-                        extent=(0.5, values.shape[1] + 0.5, len(values) - 0.5, -0.5))
+    image = axes.imshow(
+        values,
+        aspect="auto",
+        cmap="viridis",
+        interpolation="nearest",
+        vmin=0,
+        extent=(0.5, values.shape[1] + 0.5, len(values) - 0.5, -0.5),
+    )
     axes.set_yticks(range(len(values)), list(errors), fontsize="small")
     figure.colorbar(image, ax=axes, label="mean |rate - activation|")
     axes.set_xlabel("time steps t")
@@ -117,8 +127,13 @@ def noise_histogram(noise: Mapping[str, Any]) -> Any:
     for (name, counts), color in zip(noise.items(), colors, strict=True):
         counts = np.asarray(counts, float)
         k = len(counts) // 2
-        axes.plot(np.arange(-k, k + 1), 100 * counts / max(counts.sum(), 1), marker=".",
-                  label=name, color=color)
+        axes.plot(
+            np.arange(-k, k + 1),
+            100 * counts / max(counts.sum(), 1),
+            marker=".",
+            label=name,
+            color=color,
+        )
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_ylim(bottom=0)
     figure = _labelled(figure, axes, "count minus expected count, spikes", "neurons, %")

@@ -65,7 +65,11 @@ def cifar10_cpu_variants() -> Study:
     """
     return Study(
         methods=(
-            "lsq", "noise_adaptor", "noise_adaptor_exact", "noise_adaptor_scaled", "any_level"
+            "lsq",
+            "noise_adaptor",
+            "noise_adaptor_exact",
+            "noise_adaptor_scaled",
+            "any_level",
         ),
         levels=(2,),
         seeds=2,
@@ -122,7 +126,11 @@ def gradient() -> Study:
     `python -m nadaptor.study gradient --data-dir DIR`
     """
     methods = (
-        "lsq", "lsq_unscaled", "noise_adaptor", "noise_adaptor_exact", "noise_adaptor_unscaled"
+        "lsq",
+        "lsq_unscaled",
+        "noise_adaptor",
+        "noise_adaptor_exact",
+        "noise_adaptor_unscaled",
     )
     return dataclasses.replace(fit(), methods=methods, epochs=(2,))
 
@@ -131,7 +139,14 @@ STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
     {
         make.__name__: make
         for make in (
-            digits, cifar10, cifar10_cpu, cifar10_cpu_variants, fit, width, depth, gradient
+            digits,
+            cifar10,
+            cifar10_cpu,
+            cifar10_cpu_variants,
+            fit,
+            width,
+            depth,
+            gradient,
         )
     }
 )

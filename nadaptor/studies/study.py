@@ -60,16 +60,19 @@ class Study:
 
     # What to train with: activations, and variants of them.
     methods: tuple[Method, ...] = (
-        "lsq", "noise_adaptor", "qcfs", "slip_relu", "ttrbr", "clipped_relu"
+        "lsq",
+        "noise_adaptor",
+        "qcfs",
+        "slip_relu",
+        "ttrbr",
+        "clipped_relu",
     )
     # p; ttrbr and clipped_relu have theirs fixed.
     levels: tuple[int, ...] = (1, 2, 4)
     # How many seeds: 0, 1, ...
     seeds: int = 5
     # Corrections at inference; one simulation each.
-    corrections: tuple[CorrectionName, ...] = (
-        "none", "negative-spikes", "offset-spikes", "srp"
-    )
+    corrections: tuple[CorrectionName, ...] = ("none", "negative-spikes", "offset-spikes", "srp")
     # Named config that all runs share but for activation, levels and seed.
     config: str = "digits_lsq"
     # Networks, where it is not the config's; one or more, as of the next four.

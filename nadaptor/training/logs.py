@@ -92,5 +92,3 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError as error:
         raise ValueError("--tensorboard needs a package: pip install tensorboardX") from error
     return writer(str(folder / "tensorboard"))
-
-

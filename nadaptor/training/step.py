@@ -177,5 +177,3 @@ def _step(
     return functools.partial(
         train_step, model, optimizer, config=config, axis_name=axis_name, prepare=prepare
     )
-
-

@@ -203,8 +203,12 @@ def test_network_of_other_levels_layers_names_or_shapes_is_refused(tmp_path):
         load(q, scales, [w.astype(jnp.float32) for w in weights], IMAGES)
     twice = nadaptor.quantize(lambda w, x: jax.nn.relu(q.f(w, x) @ jnp.ones((2, 2))), levels=2)
     with pytest.raises(ValueError, match="of 1 layers, and the function has 2"):
-        load(lambda s, w, x: twice({"layer0": s["layer0"], "layer1": 1.0}, w, x),
-             scales, weights, IMAGES)
+        load(
+            lambda s, w, x: twice({"layer0": s["layer0"], "layer1": 1.0}, w, x),
+            scales,
+            weights,
+            IMAGES,
+        )
     with pytest.raises(ValueError, match="argument 2 is the data"):
         load(q, scales, weights)
 
@@ -217,8 +221,9 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="surrogate of your own"):
         save(weights, IMAGES, neuron=nadaptor.IntegrateAndFire(surrogate=lambda d: d))
     with pytest.raises(ValueError, match="cannot convert"):
-        save_network(tmp_path / "net", lambda w, x: jax.nn.softmax(q(scales, w, x)) @ w[1].T,
-                     weights, IMAGES)
+        save_network(
+            tmp_path / "net", lambda w, x: jax.nn.softmax(q(scales, w, x)) @ w[1].T, weights, IMAGES
+        )
     with pytest.raises(ValueError, match="argnums names argument 3"):
         save(weights, IMAGES, argnums=3)
     assert list(tmp_path.iterdir()) == []

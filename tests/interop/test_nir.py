@@ -120,12 +120,12 @@ def test_a_start_in_the_bias_ends_where_the_potential_would():
 
     g, parts = from_nir(to_nir(f, x, start="bias", num_steps=T))
     ours = nadaptor.simulate(f, x, num_steps=T).outputs[-1]
-    np.testing.assert_array_equal(
-        nadaptor.simulate(g, parts, x, num_steps=T).outputs[-1], ours
-    )
-    starts = [n.metadata["nadaptor"]["start"] for n in to_nir(
-        f, x, start="bias", num_steps=T
-    ).nodes.values() if isinstance(n, nir.IF)]
+    np.testing.assert_array_equal(nadaptor.simulate(g, parts, x, num_steps=T).outputs[-1], ours)
+    starts = [
+        n.metadata["nadaptor"]["start"]
+        for n in to_nir(f, x, start="bias", num_steps=T).nodes.values()
+        if isinstance(n, nir.IF)
+    ]
     assert starts == [0.0]
 
 
@@ -146,9 +146,12 @@ def test_a_constant_that_differs_between_pixels_is_refused():
     image = jnp.arange(16.0).reshape(4, 4, 1)
 
     def f(w, x):
-        return act(nadaptor.conv_general_dilated(
-            act(x), w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ) + image)
+        return act(
+            nadaptor.conv_general_dilated(
+                act(x), w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            + image
+        )
 
     with pytest.raises(ValueError, match="differs between the pixels"):
         to_nir(f, jnp.ones((3, 3, 1, 1)), jnp.ones((1, 4, 4, 1)))

@@ -46,8 +46,9 @@ def test_all_layers_of_a_network_draw_the_same_levels():
             variables,
             images,
             rngs={"noise": key},
-            capture_intermediates=lambda module, name: name == "__call__"
-            and isinstance(module, AnyLevel),
+            capture_intermediates=lambda module, name: (
+                name == "__call__" and isinstance(module, AnyLevel)
+            ),
             mutable=["intermediates"],
         )[1]["intermediates"]
 

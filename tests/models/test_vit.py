@@ -29,7 +29,10 @@ def timm_state():
         "head.bias": (CLASSES,),
     }
     for layer, out, into in (
-        ("attn.qkv", 3 * D, D), ("attn.proj", D, D), ("mlp.fc1", 4 * D, D), ("mlp.fc2", D, 4 * D)
+        ("attn.qkv", 3 * D, D),
+        ("attn.proj", D, D),
+        ("mlp.fc1", 4 * D, D),
+        ("mlp.fc2", D, 4 * D),
     ):
         for i in range(BLOCKS):
             name = f"blocks.{i}.{layer}"

@@ -65,9 +65,7 @@ def test_each_cell_is_a_simulation_of_its_network(done):
     assert cells[cell]["total_steps"] == 8
 
 
-def test_the_command_measures_the_cells_that_are_missing_and_writes_the_grid(
-    tmp_path, monkeypatch
-):
+def test_the_command_measures_the_cells_that_are_missing_and_writes_the_grid(tmp_path, monkeypatch):
     figures, measured = made_up(STUDY), []
 
     def measure(cell, study, folder, options):

@@ -182,9 +182,7 @@ def test_the_files_of_another_run_in_its_folder_are_not_evaluated(small, done, t
 
 
 @pytest.mark.parametrize("call", [loop.evaluate, train])
-def test_a_network_of_other_classes_is_neither_evaluated_nor_believed(
-    small, done, tmp_path, call
-):
+def test_a_network_of_other_classes_is_neither_evaluated_nor_believed(small, done, tmp_path, call):
     """Whose config is the same: the folder of its data set has changed since."""
     workdir, _ = done
     shutil.copytree(workdir / "small", tmp_path / "small")
