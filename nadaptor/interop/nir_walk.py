@@ -294,12 +294,10 @@ def _merged(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     plain: dict[tuple[str, ...], Term] = {}
     for term in terms:
         if term.linear is None:
-            before = plain.get(term.nodes)
-            plain[term.nodes] = (
-                term
-                if before is None
-                else term._replace(scale=np.asarray(before.scale + term.scale, np.float32))
-            )
+            if (before := plain.get(term.nodes)) is not None:
+                scale = np.asarray(before.scale + term.scale, np.float32)
+                term = term._replace(scale=scale)
+            plain[term.nodes] = term
     return (*(t for t in terms if t.linear is not None), *plain.values())
 
 
