@@ -49,9 +49,13 @@ def test_offset_spikes_help_a_trained_network_at_T_equal_rho(runs):
     ann = jax.jit(model.apply)(variables, images)
 
     def error(name):
-        neuron, correction = get_inference(name, 2)
+        chosen = get_inference(name, 2)
         run = functools.partial(
-            nadaptor.simulate, model.apply, num_steps=2, neuron=neuron, correction=correction
+            nadaptor.simulate,
+            model.apply,
+            num_steps=2,
+            neuron=chosen.neuron,
+            correction=chosen.correction,
         )
         return float(jnp.abs(jax.jit(run)(variables, images).outputs[-1] - ann).mean())
 

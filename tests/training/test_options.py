@@ -226,10 +226,12 @@ def test_a_run_that_goes_on_elsewhere_says_what_differs(small):
     before = {**setting, "devices": 4, "resident": True, "jax": "0.9.0"}
     snapshot = Snapshot(3, None, {"setting": before})
     line = loop._where_it_starts(run, snapshot, {"setting": setting})
-    assert line.startswith("resumed at step 3 of 8; it was with devices 4, not 1")
+    assert line.startswith("resumed at step 3 of 8 on 1 CPU device; it was with devices 4, not 1")
     assert "resident True, not False" in line and "jax 0.9.0, not " in line
     same = snapshot._replace(card={"setting": setting})
-    assert loop._where_it_starts(run, same, {"setting": setting}) == "resumed at step 3 of 8"
+    assert loop._where_it_starts(run, same, {"setting": setting}) == (
+        "resumed at step 3 of 8 on 1 CPU device"
+    )
 
 
 def test_a_parent_of_other_classes_is_refused(small, done):
