@@ -228,7 +228,7 @@ def test_a_damaged_file_is_refused_or_read_as_it_was(tmp_path, place):
 def test_nirtorch_runs_the_graph_to_the_same_outputs():
     torch = pytest.importorskip("torch")
     nirtorch = pytest.importorskip("nirtorch")
-    f, weights, x = network("residual")
+    f, weights, x = network("mlp")
     graph = to_nir(f, weights, x[:1])
 
     class Neuron(torch.nn.Module):
@@ -244,9 +244,10 @@ def test_nirtorch_runs_the_graph_to_the_same_outputs():
             return spikes, state - self.threshold * spikes
 
     module = nirtorch.nir_to_torch(graph, {nir.IF: Neuron})
-    image, state, total = torch.tensor(np.asarray(x[:1]).transpose(0, 3, 1, 2)), None, 0
+    # NIR's Flatten takes in all axes: there is no batch.
+    image, state, total = torch.tensor(np.asarray(x[0])), None, 0
     for _ in range(T):
         out, state = module(image, state)
         total = total + out.detach().numpy()
-    ours = nadaptor.simulate(f, weights, x[:1], num_steps=T).outputs[-1]
+    ours = nadaptor.simulate(f, weights, x[:1], num_steps=T).outputs[-1, 0]
     np.testing.assert_array_equal(total / T, ours)
