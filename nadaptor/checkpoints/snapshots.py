@@ -234,7 +234,8 @@ class Snapshots:
         import orbax.checkpoint as ocp
         from etils import epath
 
-        full, card = read_card(self._folder / str(step)), self._read_card(step)
+        full = read_card(self._folder / str(step))
+        card = fields_of(Card, full)
         _check_same(today(card.config), self._card.get("config", {}), self._folder)
         _check_same(card.data, self._card.get("data", {}), self._folder)
         try:

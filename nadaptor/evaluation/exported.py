@@ -11,12 +11,10 @@ from nadaptor.configs.config import from_json
 from nadaptor.data.config import DataConfig
 from nadaptor.data.loader import evaluation_batches
 from nadaptor.data.registry import open_split
-from nadaptor.data.source import Source, normalize
+from nadaptor.data.source import Source, images_together, normalize
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import percent
 from nadaptor.simulation.deployment import Exported, load_exported, output_of
-
-BATCH_SIZE = 128
 
 
 def simulate_exported(
@@ -52,7 +50,7 @@ def simulate_exported(
             f"{source.identity['dataset']} are {list(source.spec.image_shape)}"
         )
     right = np.zeros(exported.sidecar["num_steps"], np.int64)
-    for batch in evaluation_batches(source, min(BATCH_SIZE, source.size)):
+    for batch in evaluation_batches(source, min(images_together(source.spec), source.size)):
         images = jnp.asarray(batch.images)
         images = images if wanted["dtype"] == "uint8" else normalize(images, source.spec)
         hits = output_of(exported.call(images)).argmax(-1) == jnp.asarray(batch.labels)

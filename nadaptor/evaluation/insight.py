@@ -67,7 +67,7 @@ def write_insight(
     thresholds = _thresholds(model, variables, images, inference)
     write_json(out / "conversion.json", _as_json(layers, spent, thresholds, len(images)))
     figures = _pictures(measured, layers, spent, len(images))
-    figures |= _trains(model, variables, images, steps, options, list(layers))
+    figures |= _trains(model, variables, images, steps, options, thresholds)
     for name, (_, figure) in figures.items():
         pictures.save_figure(figure, out / name)
     page = html_page(
@@ -165,10 +165,10 @@ def _trains(
     images: jax.Array,
     steps: int,
     options: Mapping[str, Any],
-    names: list[str],
+    threshold: Mapping[str, int],
 ) -> dict[str, tuple[str, Any]]:
     """Spike trains and potentials of some neurons of the middle layer, for the first image."""
-    name = names[len(names) // 2]
+    name = list(threshold)[len(threshold) // 2]
     one = images[:1]
     found = record(
         model.apply,
@@ -179,15 +179,12 @@ def _trains(
         quantities=("spikes", "potentials"),
         **options,
     )[name]
-    how = {name: options[name] for name in ("coding", "nonaffine")}
-    net = spiking(model.apply, variables, one, **how)
-    threshold = next(layer.threshold for layer in net.layers if layer.name == name)
     spikes, potentials = (np.asarray(x).reshape(steps, -1) for x in found[:2])
     # The neurons that do something, evenly from all of them.
     busy = np.flatnonzero(np.abs(spikes).sum(0))
     busy = busy if busy.size else np.arange(spikes.shape[1])
     picked = busy[np.linspace(0, busy.size - 1, min(NUM_NEURONS, busy.size)).astype(int)]
-    one_spike = 1.0 if options["coding"] == "sum" else float(threshold)
+    one_spike = 1.0 if options["coding"] == "sum" else float(threshold[name])
     figure = pictures.raster(spikes[:, picked], potentials[:, picked], one_spike)
     return {"spikes": (f"Spikes and potentials of {len(picked)} neurons of {name}", figure)}
 

@@ -6,6 +6,7 @@ and a reader that does not look there can be given `start="bias"`.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from nadaptor._checks import check_count, extra
-from nadaptor._files import making
+from nadaptor._files import making, write_bytes
 from nadaptor._jaxpr.trace import to_jaxpr, trace, variables
 from nadaptor.interop.nir_read import build
 from nadaptor.interop.nir_signals import BATCH, CHANNEL, Signal, Term
@@ -137,11 +138,11 @@ def write_nir(path: str | Path, graph: Any) -> None:
     with extra("nir", "nadaptor.interop.nir"):
         import nir
 
-    path = Path(path)
     graph.metadata[KEY] = {"format": 1, "digest": _digest(graph)}
-    scratch = path.with_name(f".{path.name}.part")
-    nir.write(scratch, graph)
-    scratch.rename(path)
+    # Any: nir declares a raw file, and writes to any.
+    content: Any = io.BytesIO()
+    nir.write(content, graph)
+    write_bytes(Path(path), content.getvalue())
 
 
 def read_nir(path: str | Path) -> Any:

@@ -23,6 +23,7 @@ from nadaptor.interop.maps import in_order, over_maps, torch_axes, torch_shape
 from nadaptor.interop.torch_file import read_torch_file
 from nadaptor.interop.torch_pickle import shown
 from nadaptor.models import is_scale
+from nadaptor.models.registry import HEADS
 
 _LEAVES = {
     "kernel": "weight",
@@ -38,7 +39,7 @@ _MAX_WRAPPED, _MAX_NAME = 4, 1000
 # An underscore before a number: torch's modules by place in a list or a sequence.
 _NUMBER = re.compile(r"_(\d+)")
 # The last dense layer, whichever of these a network has.
-_HEADS = ("fc.", "head.", "classifier.6.", "classifier.1.", "classifier.")
+_HEADS = tuple(f"{head.replace('_', '.')}." for head in HEADS)
 _SHOWN = 8
 _SAFETENSORS = (
     "F64",

@@ -23,6 +23,7 @@ from nadaptor.checkpoints.checkpoint import load_card, save_checkpoint
 from nadaptor.configs.config import to_json
 from nadaptor.configs.inference import RATES
 from nadaptor.conversion.convert import load_snn, load_spikes
+from nadaptor.conversion.origin import check_free
 from nadaptor.data.loader import batches
 from nadaptor.data.registry import open_split, steps_per_epoch
 from nadaptor.data.source import Spec, normalize
@@ -88,8 +89,7 @@ def fine_tune(
             files are not those of the training.
         RunError: the loss is not finite; nothing is written.
     """
-    if out.exists():
-        raise ValueError(f"{out} exists already; choose another --out or remove it")
+    check_free(out)
     model, variables, config = load_snn(source)
     if (spikes := load_spikes(source)) != RATES:
         raise ValueError(
