@@ -12,6 +12,7 @@ import collections
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,25 +63,14 @@ def prepare(out: Path) -> Path:
 
 
 def drill_kills(asked: argparse.Namespace, record: Record) -> None:
-    """Kills door after door, until there are as many kills as asked for.
-
-    The next is the one that has taken least time so far: the quick ones are killed more often.
-    """
+    """Kills door after door, the one with the fewest kills next, until there are enough."""
     doors = kills.doors(prepare(asked.out))
-    names = asked.doors or list(doors)
-    while sum(len(row["kills"]) for row in record.of("kill")) < asked.kills:
+    names, past = asked.doors or doors, record.of("kill")
+    done = {name: [row for row in past if row["what"] == name] for name in names}
+    while _kills(record.of("kill")) < asked.kills:
         seed = len(record.of("kill"))
-        taken = dict.fromkeys(names, 0.0)
-        for row in record.of("kill"):
-            if row["what"] in taken:
-                taken[row["what"]] += row["seconds"]
-        name = min(names, key=taken.__getitem__)
-        whole = asked.out / "whole" / name.replace(" ", "-").replace(",", "")
-        if not whole.exists():
-            seconds = kills.finish(doors[name], whole.with_suffix(".part"))
-            whole.with_suffix(".part").rename(whole)
-            whole.with_suffix(".seconds").write_text(str(seconds))
-        seconds = float(whole.with_suffix(".seconds").read_text())
+        name = min(done, key=lambda name: (_kills(done[name]), len(done[name])))
+        whole, seconds = _whole(asked.out, name, doors[name])
         folder = asked.out / "killed"
         row = kills.drill(doors[name], folder, seconds, seed)
         row |= {
@@ -88,7 +78,25 @@ def drill_kills(asked: argparse.Namespace, record: Record) -> None:
             "litter": kills.litter(folder),
         }
         record.add({"kind": "kill", "what": name, **row})
+        done[name].append(row)
         write_table(asked.table, record)
+
+
+def _kills(rows: Sequence[Row]) -> int:
+    return sum(len(row["kills"]) for row in rows)
+
+
+def _whole(out: Path, name: str, door: kills.Door) -> tuple[Path, float]:
+    """What a door ends with that nobody kills, and the seconds that it takes of the processor."""
+    whole = out / "whole" / name.replace(" ", "-").replace(",", "")
+    if not whole.exists():
+        # Twice: the first one compiles, for all that come after it.
+        for _ in range(2):
+            shutil.rmtree(whole.with_suffix(".part"), ignore_errors=True)
+            seconds = kills.finish(door, whole.with_suffix(".part"))
+        whole.with_suffix(".seconds").write_text(str(seconds))
+        whole.with_suffix(".part").rename(whole)
+    return whole, float(whole.with_suffix(".seconds").read_text())
 
 
 def drill_damage(asked: argparse.Namespace, record: Record) -> None:
@@ -192,11 +200,14 @@ def main() -> None:
     asked = parser.parse_args()
     asked.out = asked.out.resolve()
     asked.out.mkdir(parents=True, exist_ok=True)
+    # What is compiled serves all that are killed.
+    os.environ["XDG_CACHE_HOME"] = str(asked.out / "cache")
     record = Record(asked.out / "drills.jsonl")
     multiprocessing.get_context("forkserver").set_forkserver_preload(kills.PRELOADED)
     drill_mutations(asked, record)
     drill_damage(asked, record)
     drill_kills(asked, record)
+    write_table(asked.table, Record(record.path))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # machine that has much else to do.
 PATIENCE = 300
 # Seconds after which a command is killed no more, so that a drill ends on a busy machine, too.
-ENOUGH = 200
+ENOUGH = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,10 +191,11 @@ def drill(door: Door, folder: Path, seconds: float, seed: int) -> dict[str, Any]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     chosen, kills, moments, wrong = random.Random(seed), [], [], []
-    moments_known = ["time", "change", "change", *["call"] * 2 * bool(shutil.which("strace"))]
-    for attempt in range(60):
-        # A command that one moment never comes to may be killed at each; in the end none is.
-        late = attempt >= 50 or time.monotonic() - began > ENOUGH
+    moments_known = ["time", "change", *["call"] * bool(shutil.which("strace"))]
+    wanted = chosen.randint(2, 10)
+    for _ in range(60):
+        # A command that does not resume would never end: so in the end it is killed no more.
+        late = len(kills) >= wanted or time.monotonic() - began > ENOUGH
         moment = "never" if late else chosen.choice(moments_known)
         sent = signal.SIGKILL if moment == "call" else chosen.choice(SIGNALS)
         started = start(door, folder, held=moment == "call")
@@ -270,8 +271,7 @@ def _killer(
         yield lambda: None
         tracer.communicate()
         return
-    # Of the run that was measured, about a half was compilation.
-    share = chosen.uniform(0, seconds / 2) if moment == "time" else 0.0
+    share = chosen.uniform(0, seconds) if moment == "time" else 0.0
     changes = chosen.randint(1, 6) if moment == "change" else 0
     yield lambda: _wait(folder, started, changes, share if moment != "never" else float("inf"))
 

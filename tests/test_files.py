@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -51,6 +52,18 @@ def test_a_lock_does_not_outlive_a_holder_that_was_killed(tmp_path):
     assert (tmp_path / ".run.lock").exists()
     with hold(tmp_path / "run"):
         pass
+
+
+def test_a_second_ctrl_c_ends_a_block_that_a_first_one_waits_for():
+    program = (
+        "import signal; from nadaptor._files import uninterrupted\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with uninterrupted():\n"
+        "    signal.raise_signal(signal.SIGINT); print('goes on', flush=True)\n"
+        "    signal.raise_signal(signal.SIGINT); print('never', flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"goes on\n", b"")
 
 
 def test_a_folder_that_is_a_file_cannot_be_written_in(tmp_path):

@@ -13,6 +13,8 @@ import inspect
 import io
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -97,6 +99,35 @@ def hold(path: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Has Ctrl-C wait until a block has ended; a second one ends the program at once.
+
+    Orbax writes in threads of its own. An interrupt ends only the one that waits for them: they go
+    on in a folder that is removed meanwhile, and print a page of errors.
+
+    Raises:
+        KeyboardInterrupt: it came, and the block has ended.
+    """
+    before, came = signal.getsignal(signal.SIGINT), []
+    # Only the main thread gets signals, and only a handler in Python can be put off.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def put_off(number: int, _: Any) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, put_off)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def making(argument: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

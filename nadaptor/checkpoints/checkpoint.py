@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from nadaptor._files import sync_folder, write_json
+from nadaptor._files import sync_folder, uninterrupted, write_json
 from nadaptor._files.card import DamagedError, fields_of, seal, unseal
 from nadaptor._version import __version__
 from nadaptor.errors import RunError
@@ -61,6 +61,7 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
     Raises:
         ValueError: `path` exists.
         RunError: an array holds a value that is not finite.
+        KeyboardInterrupt: Ctrl-C was pressed meanwhile; the checkpoint is whole.
     """
     import orbax.checkpoint as ocp
 
@@ -75,7 +76,10 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
     # Those of a run that was killed while it saved.
     for left in path.parent.glob(f".{path.name}-????????"):
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+    with (
+        uninterrupted(),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch,
+    ):
         made = Path(scratch).resolve() / path.name
         made.mkdir()
         with _lone_checkpointer() as checkpointer:

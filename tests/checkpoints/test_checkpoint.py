@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 
 import chex
 import jax
@@ -41,6 +42,14 @@ def collected():
     """Ends what the test left unfinished, so that no later test is blamed for it."""
     yield
     gc.collect()
+
+
+@pytest.fixture
+def python_takes_ctrl_c():
+    """A shell has what it runs in the background ignore Ctrl-C, and the tests with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -298,6 +307,22 @@ def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path):
     (tmp_path / ".ab-x1y2z3_4").mkdir()
     save_checkpoint(tmp_path / "a", "ann", ARRAYS, CONFIG)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".ab-x1y2z3_4", "a"]
+
+
+def test_a_save_that_is_interrupted_is_finished_first(tmp_path, monkeypatch, python_takes_ctrl_c):
+    """Orbax's threads write on, and print pages of errors where their folder is gone."""
+    save = ocp.Checkpointer.save
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "a", "ann", ARRAYS, CONFIG)
+    chex.assert_trees_all_equal(load_checkpoint(tmp_path / "a", "ann")[0], ARRAYS)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
