@@ -202,6 +202,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     # What is compiled serves all that are killed.
     os.environ["XDG_CACHE_HOME"] = str(asked.out / "cache")
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     record = Record(asked.out / "drills.jsonl")
     multiprocessing.get_context("forkserver").set_forkserver_preload(kills.PRELOADED)
     drill_mutations(asked, record)

@@ -42,6 +42,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # Until a process that has lost the others says so, as nadaptor.parallel states it, and for a
 # machine that has much else to do.
 PATIENCE = 300
+# What XLA says of itself on a machine that has much else to do.
+_SLOW = re.compile(r"E\d{4} .*slow_operation_alarm.*\n+(?:E\d{4}.*\n+)*\*+\n.*\n\*+\n")
 # Seconds after which a command is killed no more, so that a drill ends on a busy machine, too.
 ENOUGH = 120
 
@@ -239,7 +241,7 @@ def _code(process: Any, wrong: list[str]) -> int | None:
 
 def _what_is_wrong(code: int | None, allowed: set[int], log: Path, folder: Path) -> list[str]:
     """What a process did that it must not: its code, what it printed, and whether that is true."""
-    text = log.read_text(errors="replace")
+    text = _SLOW.sub("", log.read_text(errors="replace"))
     wrong = [] if code in allowed else [f"code {code}: {text[-200:]}"]
     if "Traceback" in text or len(text.splitlines()) > 12 + text.count("\nlsq_p") * 9:
         wrong.append(f"printed {len(text.splitlines())} lines: {text[-200:]}")

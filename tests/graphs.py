@@ -176,3 +176,50 @@ def over_time(operations, x, num_steps, start=None):
         total = [a + b for a, b in zip(total, values, strict=True)] if t > 1 else values
         outputs.append([v / t for v in total])
     return [np.stack(values) for values in zip(*outputs, strict=True)], counts, potentials
+
+
+def offset_start(operations, x, num_steps):
+    """The potentials that `OffsetSpikes` starts from, one layer after the other.
+
+    Args:
+        operations: the network.
+        x: its input at every step.
+        num_steps: rho.
+    """
+    levels = [op.detail[2] for op in operations if op.name == "quantizer"]
+    starts, fired = [], []
+    for layer, threshold in enumerate(levels):
+        currents = []
+        for t in range(num_steps):
+
+            def replay(i, v, scale, levels, layer=layer, t=t, currents=currents):
+                if i < layer:
+                    return scale * levels * fired[i][t]
+                currents += [v / scale / levels] * (i == layer)
+                return np.zeros_like(v)
+
+            evaluate(operations, x, replay)
+        start = 0.5 + _shift(currents)
+        starts.append(threshold * start)
+        fired.append(_spikes(start, currents)[0])
+    return starts
+
+
+def _shift(currents):
+    """Of one layer, in units of its threshold."""
+    spikes, before, u = _spikes(np.full(currents[0].shape, 0.5), currents)
+    lowest = np.where(spikes, before, np.inf).min(0)
+    highest = np.where(spikes, -np.inf, before).max(0)
+    gain = np.where(np.isinf(highest), 1, np.maximum(1, 1.001 - highest))
+    surplus = (u < 0) & spikes.any(0)
+    return np.where(surplus, -np.maximum(1, lowest - 0.999), np.where(u >= 1, gain, 0))
+
+
+def _spikes(u, currents):
+    """Of one layer: its spikes and potentials before them at every step, and its potential."""
+    spikes, before = [], []
+    for current in currents:
+        before.append(u + current)
+        spikes.append(before[-1] >= 1)
+        u = before[-1] - spikes[-1]
+    return np.stack(spikes), np.stack(before), u

@@ -1,12 +1,14 @@
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from nadaptor._files import check_writable, hold, write_bytes, write_csv, write_json
+from nadaptor._files import check_place, check_writable, hold, write_bytes, write_csv, write_json
 from nadaptor.errors import PassingError
 from nadaptor.training.logs import write_metrics
 
@@ -64,6 +66,31 @@ def test_a_second_ctrl_c_ends_a_block_that_a_first_one_waits_for():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"goes on\n", b"")
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_named_and_nothing_is_left(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "card.json").write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_json(tmp_path / "card.json", {})
+    assert caught.value.filename == str(tmp_path / "card.json")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_a_read_only_folder_is_refused_before_the_work_and_none_is_made(tmp_path, monkeypatch):
+    """As root is stopped by no permission, the system call fails in its place."""
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    check_place(tmp_path / "new" / "folder")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    with pytest.raises(ValueError, match="Read-only file system; choose another folder"):
+        check_place(tmp_path / "new" / "folder")
 
 
 def test_a_folder_that_is_a_file_cannot_be_written_in(tmp_path):

@@ -11,7 +11,16 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import nadaptor
-from tests.graphs import EXAMPLES, Operation, as_jax, graphs, inputs, over_time, quantized
+from tests.graphs import (
+    EXAMPLES,
+    Operation,
+    as_jax,
+    graphs,
+    inputs,
+    offset_start,
+    over_time,
+    quantized,
+)
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.reuses_keys]
 X = st.composite(inputs)()
@@ -66,13 +75,14 @@ def test_srp_silences_in_the_time_loop_what_it_silences(operations, x, tau, num_
     assert_same(sim, over_time(operations, x, num_steps, start))
 
 
-@given(graphs(), X, OPTIONS)
-def test_offset_spikes_do_not_depend_on_how_they_are_run(operations, x, options):
-    f = as_jax(operations)
-    plain, other = (
-        simulated(f, x, 3, correction=nadaptor.OffsetSpikes(2), **o) for o in ({}, options)
-    )
-    jax.tree.map(np.testing.assert_array_equal, plain.spike_counts, other.spike_counts)
+@given(graphs(), X, st.integers(1, 4), st.integers(1, 4), OPTIONS)
+def test_offset_spikes_start_where_the_layers_one_after_the_other_say(
+    operations, x, rho, num_steps, options
+):
+    correction = nadaptor.OffsetSpikes(rho)
+    sim = simulated(as_jax(operations), x, num_steps, correction=correction, **options)
+    start = offset_start(operations, x, rho)
+    assert_same(sim, over_time(operations, x, num_steps, start))
 
 
 @given(graphs(quantizers=("relu",)), X, st.integers(1, 5), OPTIONS)

@@ -26,14 +26,23 @@ R = TypeVar("R")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all; makes its folder."""
+    """Writes a file, whole or not at all; makes its folder.
+
+    Raises:
+        OSError: it cannot be written, on a full disk for example; the error has its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.part")
-    with open(scratch, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(path)
+    try:
+        with open(scratch, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.rename(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        # What a full disk raises names no file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     sync_folder(path.parent)
 
 
@@ -61,6 +70,15 @@ def check_writable(folder: Path) -> None:
         raise ValueError(
             f"cannot write in {folder}: {error.strerror or error}; choose another folder"
         ) from error
+
+
+def check_place(folder: Path) -> None:
+    """Checks that a folder can be made, or written in where it is there; makes none.
+
+    Raises:
+        ValueError: it cannot; the message has the cause.
+    """
+    check_writable(next(place for place in (folder, *folder.parents) if place.exists()))
 
 
 @contextlib.contextmanager

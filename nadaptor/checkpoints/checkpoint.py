@@ -23,6 +23,7 @@ import numpy as np
 from nadaptor._files import sync_folder, uninterrupted, write_json
 from nadaptor._files.card import DamagedError, fields_of, seal, unseal
 from nadaptor._version import __version__
+from nadaptor.checkpoints.storage import cause_of, hushed
 from nadaptor.errors import RunError
 
 Kind = Literal["ann", "snn", "network"]
@@ -60,11 +61,10 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
 
     Raises:
         ValueError: `path` exists.
-        RunError: an array holds a value that is not finite.
+        RunError: an array holds a value that is not finite, or the disk is full; the message has
+            the cause.
         KeyboardInterrupt: Ctrl-C was pressed meanwhile; the checkpoint is whole.
     """
-    import orbax.checkpoint as ocp
-
     if path.exists():
         raise ValueError(f"{path} exists already; choose another folder or remove it")
     arrays = jax.tree.map(np.asarray, jax.device_get(arrays))
@@ -78,18 +78,31 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
         shutil.rmtree(left, ignore_errors=True)
     with (
         uninterrupted(),
+        hushed(),
         tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch,
     ):
         made = Path(scratch).resolve() / path.name
-        made.mkdir()
-        with _lone_checkpointer() as checkpointer:
-            saved = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=FILE_BYTES)
-            checkpointer.save(made / "arrays", args=saved)
-        write_json(made / "card.json", full)
-        for folder in (p for p in made.rglob("*") if p.is_dir()):
-            sync_folder(folder)
-        made.rename(path)
+        try:
+            _write(made, arrays, full)
+            made.rename(path)
+        # The storage layer raises anything, a bare Exception included.
+        except Exception as error:
+            raise RunError(f"{path} was not saved: {cause_of(error)}") from error
     sync_folder(path.parent)
+
+
+def _write(folder: Path, arrays: Any, card: Mapping[str, Any]) -> None:
+    """Writes arrays and their card, and waits until they are on the disk."""
+    import orbax.checkpoint as ocp
+
+    folder.mkdir()
+    saved = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=FILE_BYTES)
+    with _lone_checkpointer() as checkpointer:
+        checkpointer.save(folder / "arrays", args=saved)
+    write_json(folder / "card.json", card)
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        sync_folder(inner)
+    sync_folder(folder)
 
 
 def _lone_checkpointer() -> Any:

@@ -28,6 +28,7 @@ from nadaptor.checkpoints.checkpoint import (
     shapes,
     versions,
 )
+from nadaptor.checkpoints.storage import cause_of, hushed
 from nadaptor.configs.config import today
 from nadaptor.errors import PassingError, RunError
 
@@ -73,6 +74,9 @@ class Snapshots:
         self._folder, self._keep = folder.resolve(), keep
         check_writable(self._folder)
         self._card = {**card, "versions": versions()}
+        self._reported: tuple[str, list[int]] | None = None
+        self._hushed = contextlib.ExitStack()
+        self._hushed.enter_context(hushed())
         self._manager = self._open()
 
     def save(self, step: int, state: Any, card: Mapping[str, Any]) -> None:
@@ -137,7 +141,7 @@ class Snapshots:
             PassingError: there are snapshots, and none of them can be read.
         """
         damaged: dict[int, DamagedError] = {}
-        for step in sorted(self._on_disk(), reverse=True):
+        for step in reversed(self._on_disk()):
             try:
                 found = self._restore(step, like)
             except DamagedError as error:
@@ -174,8 +178,9 @@ class Snapshots:
 
     def close(self) -> None:
         """Waits for the save under way and ends the threads."""
-        self.wait()
-        self._manager.close()
+        with self._hushed:
+            self.wait()
+            self._manager.close()
 
     def _open(self) -> Any:
         import orbax.checkpoint as ocp
@@ -206,15 +211,18 @@ class Snapshots:
         return ocp.CheckpointManager(self._folder, options=options)
 
     def _report(self, error: Exception) -> None:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(f"a snapshot was not saved, the earlier ones are kept: {cause}")
+        # One line until a snapshot is saved again: on a full disk all that follow fail alike.
+        failure = cause_of(error), self._on_disk()
+        if failure != self._reported:
+            print(f"a snapshot was not saved, the earlier ones are kept: {failure[0]}")
+        self._reported = failure
         # The manager would count the failed snapshot among its own.
         self._manager.close()
         self._manager = self._open()
 
     def _on_disk(self) -> list[int]:
         """The steps whose snapshots have got their names, and so are whole."""
-        return [int(path.name) for path in self._folder.iterdir() if path.name.isdigit()]
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
 
     def _best_step(self, steps: list[int]) -> int | None:
         """The best of some steps, by the rows of all cards that can be read."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nadaptor._files import check_writable
+from nadaptor._files import check_place
 from nadaptor.cli.command import program, read_words, refuse_idle, use_every_core
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
 from nadaptor.conversion.convert import load_spikes
@@ -78,6 +78,7 @@ def simulate_command(
         options["--report"] = report
         refuse_idle(options, "with an artefact, which has its own")
         out = checkpoint.parent / f"simulation-{split}-exported" if out is None else out
+        _check_places(out, None)
         measured = simulate_exported(checkpoint, split, dataset, data_dir, num_images)
         return write_exported(measured, out)
     refuse_idle({"--dataset": dataset}, "without an artefact of nadaptor export")
@@ -90,11 +91,16 @@ def simulate_command(
     used = "sum" if spikes.coding == "sum" else correction
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out
-    # Before all the work, not after it; the folder is made when there is something to write.
-    check_writable(next(folder for folder in (out, *out.parents) if folder.exists()))
+    _check_places(out, report)
     measured = simulate_checkpoint(
         checkpoint, count, split, inference, data_dir, num_images, confidence
     )
     write_report(measured, out)
     if report is not None:
         write_insight(checkpoint, measured, inference, report, data_dir)
+
+
+def _check_places(out: Path, report: Path | None) -> None:
+    """Before all the work, not after it; a folder is made when there is something to write."""
+    for folder in (out, report or out):
+        check_place(folder)

@@ -65,7 +65,7 @@ def simulate_exported(
 
 
 def write_exported(report: dict[str, Any], out: Path) -> None:
-    """Writes what `simulate_exported` measured, and prints it.
+    """Prints what `simulate_exported` measured, and writes it.
 
     Args:
         report: what was measured.
@@ -73,12 +73,12 @@ def write_exported(report: dict[str, Any], out: Path) -> None:
     """
     accuracy = report["accuracy"]
     rows = [{"t": t, "accuracy": a} for t, a in enumerate(accuracy, start=1)]
+    for row in rows:
+        print(f"{'T = ' + str(row['t']):>20} {percent(row['accuracy'])}")
     write_csv(out / "accuracy.csv", rows)
     write_json(out / "report.json", report)
     curve = Curve(report["name"], accuracy, [0.0] * len(accuracy))
     plot_accuracy([curve], f"{report['split']} accuracy, %", out / "accuracy.png")
-    for row in rows:
-        print(f"{'T = ' + str(row['t']):>20} {percent(row['accuracy'])}")
     print(f"written: {out}")
 
 

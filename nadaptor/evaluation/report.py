@@ -91,19 +91,13 @@ def simulate_checkpoint(
 
 
 def write_report(report: Mapping[str, Any], out: Path) -> None:
-    """Writes a report of `simulate_checkpoint` and prints it.
+    """Prints a report of `simulate_checkpoint` and writes it.
 
     Args:
         report: what was measured.
         out: folder for `accuracy.csv` (t, accuracy), `report.json` and `accuracy.png`.
     """
     accuracy = report["accuracy"]
-    write_csv(
-        out / "accuracy.csv", [{"t": t, "accuracy": a} for t, a in enumerate(accuracy, start=1)]
-    )
-    write_json(out / "report.json", report)
-    curve = Curve(report["config"]["name"], accuracy, [0.0] * len(accuracy))
-    plot_accuracy([curve], f"{report['split']} accuracy, %", out / "accuracy.png")
     for name in ("ann_noisy", "ann_deterministic"):
         if report[name] is not None:
             print(f"{name:>20} {percent(report[name])}")
@@ -122,6 +116,13 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
             f"stopped at confidence {stopped['confidence']:g}: accuracy "
             f"{percent(stopped['accuracy'])} after {stopped['mean_steps']:.2f} steps on average"
         )
+    # What was measured stands on the screen, whatever becomes of the files.
+    write_csv(
+        out / "accuracy.csv", [{"t": t, "accuracy": a} for t, a in enumerate(accuracy, start=1)]
+    )
+    write_json(out / "report.json", report)
+    curve = Curve(report["config"]["name"], accuracy, [0.0] * len(accuracy))
+    plot_accuracy([curve], f"{report['split']} accuracy, %", out / "accuracy.png")
     print(f"written: {out}")
 
 

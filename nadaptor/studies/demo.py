@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nadaptor._files import write_csv, write_json
+from nadaptor._files import check_place, write_csv, write_json
 from nadaptor.checkpoints.checkpoint import versions
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown
@@ -59,6 +59,7 @@ def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT)
         out: folder for the files.
         options: where to read and run.
     """
+    check_place(out)
     started = time.perf_counter()
     reports: dict[str, list[Mapping[str, Any]]] = {row: [] for row in ROWS.values()}
     for cell, measured in run_study(study, workdir, options).items():

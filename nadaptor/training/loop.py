@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from nadaptor._checks import check_local
-from nadaptor._files import hold
+from nadaptor._files import check_writable, hold
 from nadaptor._files.card import first_difference
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint, versions
 from nadaptor.checkpoints.snapshots import Snapshot, Snapshots, setting_of
@@ -163,9 +163,11 @@ def _train(config: Config, workdir: Path, options: Options, deadline: Deadline) 
     run = open_run(config, options, before=_devices_before(folder))
     parent_of(config)
     agree(_asked(run))
-    # The processes of a run share the lock of the first.
-    locked = hold(folder) if run.devices.process_index == 0 else contextlib.nullcontext()
-    with locked:
+    with contextlib.ExitStack() as held:
+        # The processes of a run share the lock of the first.
+        if run.devices.process_index == 0:
+            check_writable(workdir)
+            held.enter_context(hold(folder))
         if (folder / "checkpoint").exists():
             return _finished(folder / "checkpoint", run, config, to_json(config))
         return _go_on(run, workdir, folder, deadline)

@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -29,6 +32,34 @@ ARRAYS = {
 
 
 CONFIG = {"config": {"name": "digits_na"}}
+ROOT = Path(__file__).parents[2]
+# A limit on the size of a file is as a disk that is full, and needs no other disk.
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from typing import Any, NamedTuple
+import numpy as np
+from nadaptor.checkpoints.checkpoint import save_checkpoint
+from nadaptor.checkpoints.snapshots import Snapshots
+from nadaptor.cli.command import run_command
+
+class State(NamedTuple):
+    w: Any
+    step: Any
+
+def main(words):
+    arrays = {str(i): np.random.default_rng(i).random((64, 64), np.float32) for i in range(60)}
+    snapshots = Snapshots(Path(words[0], "snapshots"), 2, {"config": {}, "data": {}})
+    for step in (1, 2, 3):
+        snapshots.save(step, State(arrays, np.int32(step)), {})
+    assert snapshots.last_on_disk() is None
+    snapshots.close()
+    save_checkpoint(Path(words[0], "checkpoint"), "ann", arrays, {"config": {}})
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+sys.argv[0] = "train.py"
+run_command(main)
+"""
 
 
 def unreadable(test):
@@ -323,6 +354,19 @@ def test_a_save_that_is_interrupted_is_finished_first(tmp_path, monkeypatch, pyt
     chex.assert_trees_all_equal(load_checkpoint(tmp_path / "a", "ann")[0], ARRAYS)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_is_one_line_with_its_cause_at_every_save(tmp_path):
+    """Orbax and tensorstore print two thousand of their own, from threads."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr == f"train.py: {tmp_path}/checkpoint was not saved: File too large\n"
+    assert done.stdout == "a snapshot was not saved, the earlier ones are kept: File too large\n"
+    assert done.returncode == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["snapshots"]
+    assert not [path for path in (tmp_path / "snapshots").iterdir() if path.name.isdigit()]
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):

@@ -47,6 +47,18 @@ def test_a_full_disk_is_one_line(ended):
     assert ended(fill) == (1, ["train.py: No space left on device"])
 
 
+def test_a_platform_that_is_none_is_one_line_and_nothing_is_written(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", "digits_relu", "--workdir", tmp_path / "runs"],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "nonsense"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("train.py: Unable to initialize backend 'nonsense': ")
+    assert done.stderr.endswith("see JAX_PLATFORMS\n") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_is_one_line(ended):
     def interrupted():
         raise KeyboardInterrupt

@@ -142,12 +142,19 @@ def test_a_full_disk_leaves_the_earlier_snapshots_and_the_run_goes_on(saved, cap
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(snapshots._manager, "save", full)
-    save(snapshots, 5)
-    assert "a snapshot was not saved, the earlier ones are kept: OSError" in capsys.readouterr().out
-    save(snapshots, 6)
+    def fail(*steps):
+        for step in steps:
+            monkeypatch.setattr(snapshots._manager, "save", full)
+            save(snapshots, step)
+
+    line = "a snapshot was not saved, the earlier ones are kept: No space left on device\n"
+    fail(5, 6, 7)
+    assert capsys.readouterr().out == line
+    save(snapshots, 8)
+    fail(9, 10)
+    assert capsys.readouterr().out == line
     snapshots.close()
-    assert latest(saved).step == 6
+    assert latest(saved).step == 8
 
 
 def change_card(folder, step, change, *, sealed):

@@ -1,0 +1,71 @@
+"""What the storage library prints of a failure, kept back, and the cause of it in a few words.
+
+A write that fails is raised where it is waited for. Before that, each of Orbax's threads logs it
+with its traceback, and the writes that tensorstore has under way report to an event loop that is
+closed: two thousand lines for a full disk.
+"""
+
+import asyncio.base_events
+import contextlib
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+_CAUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+_LOOP = asyncio.base_events.__file__
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Keeps back what Orbax logs of errors, which are raised as well."""
+    # The logger is of a class of absl's own, which has to be there first.
+    from absl import logging as of_orbax
+
+    _hush_closed_loops()
+    logger = of_orbax.get_absl_logger()
+    logger.addFilter(_is_no_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_error)
+
+
+def cause_of(error: Exception) -> str:
+    """Returns why something could not be written or read, in a line.
+
+    Args:
+        error: of the storage library, whose words hold those of the system among many others.
+
+    Example:
+        >>> cause_of(ValueError("Error writing 'a': No space left on device [tensorstore ...]"))
+        'No space left on device'
+    """
+    text = " ".join(str(error).split())
+    system = (os.strerror(number) for number in _CAUSES)
+    return next(
+        (words for words in system if words in text), f"{type(error).__name__}: {text[:300]}"
+    )
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _hush_closed_loops() -> None:
+    """Has what tensorstore's threads cannot report go nowhere, for good: it may come late."""
+    if getattr(sys.unraisablehook, "__module__", "") == __name__:
+        return
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        # Of no object, and called by no line of Python: nothing waits for it.
+        frames = traceback.extract_tb(raised.exc_traceback)
+        alone = raised.object is None and all(frame.filename == _LOOP for frame in frames)
+        if not alone or str(raised.exc_value) != "Event loop is closed":
+            before(raised)
+
+    sys.unraisablehook = hook
