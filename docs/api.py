@@ -21,6 +21,7 @@ MODULES = (
     "nadaptor.models",
     "nadaptor.interop",
     "nadaptor.interop.nir",
+    "nadaptor.interop.onnx",
     "nadaptor.conversion.weights",
     "nadaptor.checkpoints",
     "nadaptor.training",

@@ -138,6 +138,25 @@ def check_name(name: str, known: Mapping[str, Any], what: str) -> str:
     raise ValueError(f"unknown {what} {name!r}; {remedy}")
 
 
+def check_data_argnum(data_argnum: int, args: Sequence[Any]) -> int:
+    """Returns the position, from 0, of the argument that is the data.
+
+    Args:
+        data_argnum: its number, from the end where it is negative.
+        args: the arguments of the function.
+
+    Raises:
+        ValueError: there is no such argument.
+
+    Example:
+        >>> check_data_argnum(-1, ("weights", "images"))
+        1
+    """
+    if not -len(args) <= data_argnum < len(args):
+        raise ValueError(f"data_argnum={data_argnum}, but there are {len(args)} arguments")
+    return data_argnum % len(args)
+
+
 def check_scales(scales: Any, layers: Sequence[Any]) -> dict[str, jax.Array]:
     """Returns the scale of each layer; they must be of just these layers.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from nadaptor._checks import check_data_argnum
 from nadaptor._jaxpr.affine import describe
 from nadaptor._jaxpr.plan import MEAN, Plan, kind_of, plan
 from nadaptor._jaxpr.trace import (
@@ -137,8 +138,7 @@ def energy(
 
     Source: SynOps as in Merolla et al., Science 345, 2014; energies of `EnergyTable`.
     """
-    if not -len(args) <= data_argnum < len(args):
-        raise ValueError(f"data_argnum={data_argnum}, but there are {len(args)} arguments")
+    data = check_data_argnum(data_argnum, args)
     rec = record(
         f,
         *args,
@@ -151,7 +151,7 @@ def energy(
     )
     # Not as `spiking` traces it: a convolution that was rewritten for speed has other operations.
     traced = trace(to_jaxpr(f, *args)[0])
-    counter = _Counter(traced, plan(traced, coding, nonaffine), args, data_argnum)
+    counter = _Counter(traced, plan(traced, coding, nonaffine), args, data)
     trains = [np.asarray(layer.spikes) for layer in rec.values()]
     table = EnergyTable() if table is None else table
     names, rows = [*rec, OUTPUT], []
@@ -196,7 +196,7 @@ class _Counter:
         for op in parts.static:
             outputs = op.bind(*map(self._value, op.inputs))
             self.values.update(zip(op.outputs, outputs, strict=True))
-        first = len(jax.tree.leaves(args[: data % len(args)]))
+        first = len(jax.tree.leaves(args[:data]))
         number = len(jax.tree.leaves(args[data]))
         self.data = traced.inputs[first : first + number]
         self.marks = {op.outputs[0]: i for i, op in enumerate(o for o in self.ops if o.mark)}

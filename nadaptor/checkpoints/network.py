@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp, StBif, spiking
+from nadaptor._checks import check_data_argnum
 from nadaptor._files.card import DamagedError, brief, fields_of
 from nadaptor.calibration import Calibration
 from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
@@ -70,7 +71,7 @@ def save_network(
     path: str | Path,
     f: Callable[..., Any],
     *args: Any,
-    argnums: int = -1,
+    data_argnum: int = -1,
     neuron: Neuron | None = None,
     coding: Coding = "rate",
     nonaffine: Nonaffine = "refuse",
@@ -83,7 +84,7 @@ def save_network(
         path: folder to make; must not exist.
         f: function with quantized activations, as for `nadaptor.simulate`.
         *args: its arguments, pytrees of arrays; of the data only shapes and dtypes are kept.
-        argnums: which argument is the data.
+        data_argnum: which argument is the data.
         neuron: as for `nadaptor.simulate`. Of one of your own the name is kept, and
             `load_network` is given the neuron itself.
         coding: as for `nadaptor.simulate`.
@@ -105,7 +106,7 @@ def save_network(
         ...     load_network(f"{folder}/net", f, w, x).args[0].ravel()
         Array([1., 1., 1.], dtype=float32)
     """
-    data = _data_argument(args, argnums)
+    data = check_data_argnum(data_argnum, args)
     net = spiking(f, *args, neuron=neuron, coding=coding, nonaffine=nonaffine)
     arrays = {name: _plain(leaf) for name, leaf in _named(args, data).items()}
     if calibration is not None:
@@ -176,12 +177,6 @@ def load_network(
     traced = {name: value for name, value in found.options.items() if name != "correction"}
     _check_layers(path, settings.layers, spiking(f, *like, **traced))
     return found
-
-
-def _data_argument(args: tuple[Any, ...], argnums: int) -> int:
-    if not -len(args) <= argnums < len(args):
-        raise ValueError(f"argnums names argument {argnums}, but there are {len(args)}")
-    return argnums % len(args)
 
 
 def _name(path: Any) -> str:

@@ -32,6 +32,7 @@ def export_command(
     coding: Coding | None = None,
     correction: CorrectionName = "none",
     correction_steps: int | None = None,
+    batch_size: int | None = None,
     data_dir: Path | None = None,
     out: Path | None = None,
 ) -> None:
@@ -40,23 +41,29 @@ def export_command(
     Args:
         checkpoint: The folder that convert.py printed.
         form: What to write: the whole simulation as an artefact of jax.export for CPU, GPU and TPU,
-            which simulate.py reads; or weights, biases and thresholds by name as safetensors.
-        num_steps: T, time steps in the artefact (32).
+            which simulate.py reads; the same as an ONNX model; or weights, biases and thresholds by
+            name as safetensors.
+        num_steps: T, time steps in the artefact or model (32).
         coding: How spikes carry a number; by default as the network was converted.
         correction: How to counter occasional noise at inference.
         correction_steps: Steps of offset spikes (rho) or SRP (tau) before the T counted (4).
+        batch_size: Images that an ONNX model takes at once (1); an artefact takes any number.
         data_dir: Folder of an image folder's images; by default NADAPTOR_DATA_DIR.
-        out: File to write; by default "snn.jax" or "snn.safetensors" beside the checkpoint.
+        out: File to write; by default "snn.jax", "snn.onnx" or "snn.safetensors" beside the
+            checkpoint.
     """
-    if form != "jax":
+    if form != "onnx":
+        refuse_idle({"--batch-size": batch_size}, "without --form onnx")
+    if form == "safetensors":
         options = dict(num_steps=num_steps, coding=coding, correction=correction)
         given = {"num_steps": None, "coding": None, "correction": "none"}
         names = {f"--{n.replace('_', '-')}": v for n, v in options.items() if v != given[n]}
-        refuse_idle(names, "without --form jax")
+        refuse_idle(names, "without --form jax or onnx")
     if correction not in TWO_STAGES:
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
     stage = 4 if correction_steps is None else correction_steps
     inference = get_inference(correction, stage, *load_spikes(checkpoint).override(coding))
     steps = 32 if num_steps is None else num_steps
+    size = 1 if batch_size is None else batch_size
     out = checkpoint.parent / f"{checkpoint.name}.{form}" if out is None else out
-    export_checkpoint(checkpoint, out, form, steps, inference, data_dir)
+    export_checkpoint(checkpoint, out, form, steps, inference, data_dir, size)

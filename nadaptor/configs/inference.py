@@ -49,6 +49,16 @@ class Inference(NamedTuple):
         """How spikes carry a number: what the neuron is made for."""
         return getattr(self.neuron, "coding", "rate")
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `nadaptor.simulate`, and of what takes the same, that change results."""
+        return {
+            "neuron": self.neuron,
+            "coding": self.coding,
+            "nonaffine": self.nonaffine,
+            "correction": self.correction,
+        }
+
     def total_steps(self, num_steps: int) -> int:
         """Returns the network steps that T counted steps take, the correction's included."""
         return num_steps + (self.correction.num_steps if self.correction else 0)

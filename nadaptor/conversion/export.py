@@ -5,7 +5,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from nadaptor._checks import check_count
 from nadaptor.checkpoints.checkpoint import load_card
 from nadaptor.configs.config import to_json
 from nadaptor.configs.inference import PLAIN, Inference
@@ -16,7 +18,7 @@ from nadaptor.data.registry import get_spec
 from nadaptor.data.source import PHOTOGRAPHS, Spec, normalize
 from nadaptor.simulation.deployment import export
 
-Form = Literal["jax", "safetensors"]
+Form = Literal["jax", "onnx", "safetensors"]
 
 
 def export_checkpoint(
@@ -26,23 +28,26 @@ def export_checkpoint(
     num_steps: int = 32,
     inference: Inference = PLAIN,
     data_dir: Path | None = None,
+    batch_size: int = 1,
 ) -> None:
     """Writes a converted network as one file, and prints where it is.
 
-    The artefact takes pixels as they are stored, uint8, and normalises them inside.
+    Artefact and model take pixels as they are stored, uint8, and normalise them inside.
 
     Args:
         checkpoint: folder that `convert` wrote.
         out: file to write.
-        form: "jax", an artefact of `nadaptor.export`, or "safetensors", weights by name.
-        num_steps: T of the artefact.
-        inference: the neuron and the correction of the artefact.
+        form: "jax", an artefact of `nadaptor.export`; "onnx", a model; or "safetensors", weights by
+            name.
+        num_steps: T of the artefact or model.
+        inference: the neuron and the correction of it.
         data_dir: folder of data sets, for an image folder; None for the environment's.
+        batch_size: images that an ONNX model takes at once. An artefact takes any number.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, `num_steps` is below 1, or the data
             set of its config is not known.
-        MissingPackageError: flatbuffers is not installed.
+        MissingPackageError: flatbuffers, or jax2onnx, is not installed.
     """
     model, variables, config = load_snn(checkpoint)
     card = load_card(checkpoint, "snn")
@@ -57,24 +62,23 @@ def export_checkpoint(
         def classify(variables: Any, images: jax.Array) -> Any:
             return model.apply(variables, normalize(images, spec))
 
-        export(
-            out,
-            classify,
-            jax.tree.map(jnp.asarray, variables),
-            jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8),
-            num_steps=num_steps,
-            neuron=inference.neuron,
-            coding=inference.coding,
-            nonaffine=inference.nonaffine,
-            correction=inference.correction,
-            preprocessing=_preprocessing(spec),
-            class_names=identity.get("class_names"),
-            metadata={
-                "config": to_json(config),
-                "data": identity,
-                "source": card["card_digest"],
-            },
-        )
+        arrays = jax.tree.map(jnp.asarray, variables)
+        said = {"config": to_json(config), "data": identity, "source": card["card_digest"]}
+        about = {
+            "preprocessing": _preprocessing(spec),
+            "class_names": identity.get("class_names"),
+        }
+        how: dict[str, Any] = dict(num_steps=num_steps, **inference.options)
+        if form == "onnx":
+            from nadaptor.interop.onnx import to_onnx, write_onnx
+
+            # Pixels of no picture: the model is compared with the simulation on them.
+            shape = (check_count(batch_size, "batch_size"), *spec.image_shape)
+            pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+            write_onnx(out, to_onnx(classify, arrays, pixels, metadata=said | about, **how))
+        else:
+            one = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.uint8)
+            export(out, classify, arrays, one, metadata=said, **about, **how)
     print(f"written: {out}")
 
 

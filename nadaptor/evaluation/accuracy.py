@@ -299,10 +299,7 @@ def _stop_batch(
 def _how(inference: Inference) -> dict[str, Any]:
     """The options of a simulation of images that are independent, on all local devices."""
     return {
-        "neuron": inference.neuron,
-        "coding": inference.coding,
-        "nonaffine": inference.nonaffine,
-        "correction": inference.correction,
+        **inference.options,
         "fast_convolution": inference.fast_convolution,
         "in_axes": (None, 0),
         "devices": None if jax.local_device_count() == 1 else jax.local_devices(),

@@ -54,12 +54,7 @@ def write_insight(
     known = load_card(checkpoint, "snn").get("data")
     source = open_split(config.data, measured["split"], data_dir, num_images, known)
     images = jnp.asarray(load_images(source).images)
-    options: dict[str, Any] = dict(
-        neuron=inference.neuron,
-        coding=inference.coding,
-        nonaffine=inference.nonaffine,
-        correction=inference.correction,
-    )
+    options: dict[str, Any] = inference.options
     steps = measured["num_steps"]
     run = jax.jit(functools.partial(conversion_report, model.apply, num_steps=steps, **options))
     layers = jax.device_get(run(variables, images))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from nadaptor._checks import check_count, extra
+from nadaptor._checks import check_count, check_data_argnum, extra
 from nadaptor._files import making, write_bytes
 from nadaptor._jaxpr.trace import to_jaxpr, trace, variables
 from nadaptor.interop.nir_read import build
@@ -72,12 +72,11 @@ def to_nir(
             "with the number of steps over which to spread it"
         )
     spread = 0 if num_steps is None else check_count(num_steps, "num_steps")
-    position = data_argnum % len(args) if -len(args) <= data_argnum < len(args) else -1
+    position = check_data_argnum(data_argnum, args)
     data = args[position]
-    if position < 0 or not hasattr(data, "shape") or len(data.shape) < 2:
+    if not hasattr(data, "shape") or len(data.shape) < 2:
         raise ValueError(
-            f"data_argnum={data_argnum} must name one array with examples along axis 0 among the "
-            f"{len(args)} arguments"
+            f"data_argnum={data_argnum} must name one array with examples along axis 0"
         )
     layers = spiking(f, *args).layers
     # Not as `spiking` traces it: a convolution that was rewritten for speed is none for NIR.

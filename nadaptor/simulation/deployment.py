@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nadaptor._checks import check_count, extra
+from nadaptor._checks import check_count, check_data_argnum, extra
 from nadaptor._files import making, write_bytes, write_json
 from nadaptor._files.card import DamagedError, seal, unseal
 from nadaptor._version import __version__
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction, simulate
-from nadaptor.transformation import Nonaffine, spiking
+from nadaptor.transformation import Nonaffine, SpikingNetwork, spiking
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KIND = "nadaptor.export"
@@ -96,7 +96,7 @@ def export(
     from jax import export as jax_export
 
     path, steps = Path(path), check_count(num_steps, "num_steps")
-    data = _data_position(args, data_argnum)
+    data = check_data_argnum(data_argnum, args)
     options: dict[str, Any] = dict(neuron=neuron, coding=coding, nonaffine=nonaffine)
     net = spiking(f, *args, **options)
 
@@ -113,29 +113,49 @@ def export(
     except Exception as error:
         raise _of_batch(error) if any_batch else error from error
     artefact = bytes(exported.serialize())
-    card = {
+    said = {
         **(metadata or {}),
         "kind": KIND,
         "artefact": path.name,
         "artefact_digest": hashlib.sha256(artefact).hexdigest(),
-        "inputs": _describe(exported.in_avals),
-        "outputs": _describe(exported.out_avals),
         "num_steps": steps,
-        "coding": coding,
         "correction": None if correction is None else str(correction),
-        "analog": list(net.analog),
         "preprocessing": dict(preprocessing or {}),
         "class_names": None if class_names is None else list(class_names),
         "platforms": list(exported.platforms),
-        "versions": {"nadaptor": __version__, "jax": jax.__version__},
     }
-    try:
-        sealed = seal(card)
-    except TypeError as error:
-        raise ValueError(f"the sidecar is JSON: {error}; pass lists, dicts and numbers") from error
+    sealed = seal_sidecar(said, net, exported.in_avals, exported.out_avals)
     write_bytes(path, artefact)
     write_json(sidecar_of(path), sealed)
     return sidecar_of(path)
+
+
+def seal_sidecar(
+    said: Mapping[str, Any], net: SpikingNetwork, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> dict[str, Any]:
+    """Returns what an artefact says of itself, under a digest.
+
+    Args:
+        said: fields of the caller's.
+        net: the network; its coding and its analog operations are said.
+        inputs: with the shapes and dtypes that go in.
+        outputs: with those that come out.
+
+    Raises:
+        ValueError: a field is none that JSON can hold.
+    """
+    card = {
+        **said,
+        "inputs": _describe(inputs),
+        "outputs": _describe(outputs),
+        "coding": net.coding,
+        "analog": list(net.analog),
+        "versions": {"nadaptor": __version__, "jax": jax.__version__},
+    }
+    try:
+        return seal(card)
+    except TypeError as error:
+        raise ValueError(f"the sidecar is JSON: {error}; pass lists, dicts and numbers") from error
 
 
 def load_exported(path: str | Path) -> Exported:
@@ -203,12 +223,6 @@ def _need_flatbuffers() -> None:
     """`jax.export` reads and writes with it, and does not depend on it."""
     with extra("export", "nadaptor.export"):
         importlib.import_module("flatbuffers")
-
-
-def _data_position(args: tuple[Any, ...], data_argnum: int) -> int:
-    if not -len(args) <= data_argnum < len(args):
-        raise ValueError(f"data_argnum={data_argnum}, but there are {len(args)} arguments")
-    return data_argnum % len(args)
 
 
 def _symbolic(data: Any) -> Any:

@@ -131,7 +131,7 @@ def test_data_may_be_any_argument(tmp_path):
         return nadaptor.lsq(images @ w, 0.5, 2)
 
     images, w = jnp.ones((2, 3)), jnp.full((3, 4), 0.25)
-    save_network(tmp_path / "net", f, images, w, argnums=0)
+    save_network(tmp_path / "net", f, images, w, data_argnum=0)
     saved = load_network(tmp_path / "net", f, jnp.zeros((5, 3)), jnp.zeros((3, 4)))
     np.testing.assert_array_equal(saved.args[0], jnp.zeros((5, 3)))
     np.testing.assert_array_equal(saved.args[1], w)
@@ -224,8 +224,8 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
         save_network(
             tmp_path / "net", lambda w, x: jax.nn.softmax(q(scales, w, x)) @ w[1].T, weights, IMAGES
         )
-    with pytest.raises(ValueError, match="argnums names argument 3"):
-        save(weights, IMAGES, argnums=3)
+    with pytest.raises(ValueError, match="data_argnum=3, but there are"):
+        save(weights, IMAGES, data_argnum=3)
     assert list(tmp_path.iterdir()) == []
 
 
