@@ -6,6 +6,7 @@ and steps in which no neuron would fire are not run.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -88,7 +89,7 @@ def _run_rates(net: Network, prepared: Any, carry: Carry, size: int) -> tuple[Ca
     def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
         state, out = _run_layer(net, i, carry.state[i], x)
         # XLA may divide by a constant through its reciprocal: 21 / 7 need not be 3.
-        spikes = jnp.round(jnp.abs(out).sum(0) / net.layers[i].threshold).astype(jnp.int32)
+        spikes = jnp.round(_sum_steps(jnp.abs(out)) / net.layers[i].threshold).astype(jnp.int32)
         return (state, carry.counts[i] + spikes), out
 
     kept, out, means = net.advance(prepared, carry.means, fire, steps=size)
@@ -113,8 +114,19 @@ def _run_layer(net: Network, i: int, state: State, x: jax.Array) -> tuple[State,
     """Runs the neurons of one layer through the steps along the leading axis of x."""
     threshold = net.layers[i].threshold
     return jax.lax.scan(
-        lambda s, current: net.neuron.step(s, current, threshold), state, x, unroll=len(x) <= 8
+        lambda s, current: net.neuron.step(s, current, threshold), state, x, unroll=_is_short(x)
     )
+
+
+def _is_short(x: jax.Array) -> bool:
+    return len(x) <= 8
+
+
+def _sum_steps(x: jax.Array) -> jax.Array:
+    """The sum of x [K, ...] over the steps."""
+    # On a CPU XLA takes a sum over a leading axis out of the fusion around it, to a library that
+    # needs more time for it than all convolutions of spikes.
+    return functools.reduce(operator.add, x) if _is_short(x) else x.sum(0)
 
 
 def last_spike(carry: Carry) -> jax.Array:
