@@ -7,6 +7,7 @@ synchronised before the rename that makes it count, and its folder after it.
 import contextlib
 import csv
 import datetime
+import errno
 import fcntl
 import functools
 import inspect
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from nadaptor.errors import HeldError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+# The card of a network of a million arrays is below it.
+_MOST_BYTES = 2**28
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -46,6 +50,20 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def read_small(path: Path) -> bytes:
+    """Reads a card or another small file, which may come from a stranger.
+
+    Raises:
+        OSError: it cannot be read, is a pipe or a device, which may never end, or far too large.
+    """
+    found = path.stat()
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if found.st_size > _MOST_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return path.read_bytes()
+
+
 def sync_folder(path: Path) -> None:
     """Puts the names in a folder on the disk."""
     folder = os.open(path, os.O_RDONLY)
@@ -61,6 +79,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         ValueError: none can; the message has the cause.
     """
+    check_encodable(folder)
     probe = folder / f".write-{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +89,18 @@ def check_writable(folder: Path) -> None:
         raise ValueError(
             f"cannot write in {folder}: {error.strerror or error}; choose another folder"
         ) from error
+
+
+def check_encodable(path: Path) -> None:
+    """Checks that a path is UTF-8, as the storage library needs it.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path} is not UTF-8; rename the folder, or choose another") from error
 
 
 def check_place(folder: Path) -> None:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from nadaptor._files import sync_folder, uninterrupted, write_json
-from nadaptor._files.card import DamagedError, fields_of, seal, unseal
+from nadaptor._files import check_encodable, read_small, sync_folder, uninterrupted, write_json
+from nadaptor._files.card import DamagedError, brief, fields_of, seal, unseal
 from nadaptor._version import __version__
 from nadaptor.checkpoints.storage import cause_of, hushed
 from nadaptor.errors import RunError
@@ -65,7 +65,7 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
             the cause.
         KeyboardInterrupt: Ctrl-C was pressed meanwhile; the checkpoint is whole.
     """
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise ValueError(f"{path} exists already; choose another folder or remove it")
     arrays = jax.tree.map(np.asarray, jax.device_get(arrays))
     if broken := first_not_finite(arrays):
@@ -158,6 +158,7 @@ def load_card(path: Path, kind: Kind) -> dict[str, Any]:
     Raises:
         ValueError: as `load_checkpoint`.
     """
+    check_encodable(path)
     if not path.is_dir():
         raise ValueError(f"no checkpoint at {path}; {_MADE_BY[kind]} makes one")
     file = path / "card.json"
@@ -167,7 +168,7 @@ def load_card(path: Path, kind: Kind) -> dict[str, Any]:
             f"{_MADE_BY[kind]} printed"
         )
     try:
-        card = unseal(json.loads(file.read_bytes()))
+        card = unseal(json.loads(read_small(file)))
         own = fields_of(Card, card).kind
     except OSError as error:
         raise ValueError(f"cannot read {file}: {error.strerror or error}") from error
@@ -271,8 +272,11 @@ def _read_arrays(path: Path, wanted: Mapping[str, list[Any]] | None) -> Any:
 
     # The storage layer starts jax, and where that fails the arrays are none the worse.
     jax.devices()
+    strange = [p.name for p in path.rglob("*") if not (p.is_file() or p.is_dir())]
+    if strange:
+        raise ValueError(f"{path} is damaged: {brief(strange[0])} is no regular file")
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with hushed(), ocp.PyTreeCheckpointer() as checkpointer:
             stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.resolve())).tree
             check_stored(stored, wanted, path)
             return jax.tree.map(np.asarray, checkpointer.restore(path.resolve()))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nadaptor._files import check_writable
+from nadaptor._files import check_writable, read_small
 from nadaptor._files.card import DamagedError, brief, fields_of, first_difference, seal, unseal
 from nadaptor.checkpoints.checkpoint import (
     FILE_BYTES,
@@ -300,7 +300,7 @@ def read_card(snapshot: Path) -> dict[str, Any]:
         DamagedError: it is not there, or not what was written.
     """
     try:
-        return unseal(json.loads((snapshot / "card/metadata").read_bytes()))
+        return unseal(json.loads(read_small(snapshot / "card/metadata")))
     except (OSError, RecursionError, ValueError) as error:
         raise DamagedError(f"its card cannot be read: {_line(error)}") from error
 

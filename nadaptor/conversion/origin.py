@@ -88,5 +88,6 @@ def check_free(out: Path) -> None:
     Raises:
         ValueError: there is.
     """
-    if out.exists():
+    # A link to nowhere is in the way as well.
+    if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists already; choose another --out or remove it")

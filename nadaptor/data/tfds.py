@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nadaptor._files import read_small
 from nadaptor.data.codec import decode
 from nadaptor.data.crops import IMAGE_SIZE, average_down
 from nadaptor.data.source import (
@@ -195,7 +196,7 @@ def _builder(dataset: str, data_dir: Path | None) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_small(path).decode())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; {_PREPARE}") from error
     except ValueError as error:

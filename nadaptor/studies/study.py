@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nadaptor._checks import check_count
-from nadaptor._files import check_writable, hold, write_json
+from nadaptor._files import check_writable, hold, read_small, write_json
 from nadaptor._files.card import DamagedError, fields_of, seal, unseal
 from nadaptor._provenance import provenance
 from nadaptor.configs.config import Config, Dtype, replace, to_json, today
@@ -297,7 +297,7 @@ def _is_measured(path: Path, cell: Cell, study: Study) -> bool:
 
 def _read(path: Path, cell: Cell, study: Study) -> dict[str, Any]:
     try:
-        found = unseal(json.loads(path.read_bytes()))
+        found = unseal(json.loads(read_small(path)))
         fields_of(_Measured, found)
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from error

@@ -17,8 +17,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from nadaptor._files import check_writable
 from nadaptor._files.card import FORMAT, DamagedError, fields_of, seal, unseal
 from nadaptor.checkpoints.checkpoint import digests, load_card, load_checkpoint, save_checkpoint
+from nadaptor.conversion.origin import check_free
 from nadaptor.errors import RunError
 
 ARRAYS = {
@@ -35,13 +37,11 @@ CONFIG = {"config": {"name": "digits_na"}}
 ROOT = Path(__file__).parents[2]
 # A limit on the size of a file is as a disk that is full, and needs no other disk.
 FULL_DISK = """
-import resource, sys
-from pathlib import Path
+import resource
 from typing import Any, NamedTuple
 import numpy as np
 from nadaptor.checkpoints.checkpoint import save_checkpoint
 from nadaptor.checkpoints.snapshots import Snapshots
-from nadaptor.cli.command import run_command
 
 class State(NamedTuple):
     w: Any
@@ -57,9 +57,17 @@ def main(words):
     save_checkpoint(Path(words[0], "checkpoint"), "ann", arrays, {"config": {}})
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
-sys.argv[0] = "train.py"
-run_command(main)
 """
+
+
+def run_program(main, folder):
+    """Runs what a program defines as `main` as a command, on a folder."""
+    head = "import sys; from pathlib import Path; from nadaptor.cli.command import run_command\n"
+    program = f"{head}{main}\nsys.argv[0] = 'train.py'; run_command(main)"
+    return subprocess.run(
+        [sys.executable, "-c", program, folder], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def unreadable(test):
@@ -162,6 +170,54 @@ def test_a_truncated_array_file_is_refused(saved):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"cannot be read, it is damaged"):
         load_checkpoint(saved, "ann")
+
+
+def test_truncated_array_files_are_one_line_and_no_thread_prints_of_them(saved):
+    for file in (saved / "arrays").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:20])
+    done = run_program(
+        "from nadaptor.checkpoints.checkpoint import load_checkpoint\n"
+        "main = lambda words: load_checkpoint(Path(words[0]), 'ann')",
+        saved,
+    )
+    assert done.stderr.startswith(f"train.py: {saved}/arrays cannot be read, it is damaged")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["card.json", "arrays/manifest.ocdbt"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_and_a_device_are_refused_as_they_may_never_end(saved, name, kind):
+    (saved / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(saved / name)
+    else:
+        (saved / name).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="no regular file") as caught:
+        load_checkpoint(saved, "ann")
+    assert name.rpartition("/")[2] in str(caught.value)
+
+
+def test_a_card_that_is_far_too_large_is_refused_unread(saved):
+    os.truncate(saved / "card.json", 2**40)
+    with pytest.raises(ValueError, match=r"cannot read .*card.json: File too large"):
+        load_card(saved, "ann")
+
+
+def test_a_path_that_is_not_utf_8_is_refused_before_the_storage_library_fails_on_it(tmp_path):
+    odd = tmp_path / os.fsdecode(b"na\xff")
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        check_writable(odd)
+    with pytest.raises(ValueError, match="is not UTF-8"):
+        load_checkpoint(odd, "ann")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_to_nowhere_is_in_the_way_of_a_checkpoint(tmp_path):
+    (tmp_path / "a").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="exists already"):
+        save_checkpoint(tmp_path / "a", "ann", ARRAYS, CONFIG)
+    with pytest.raises(ValueError, match="exists already"):
+        check_free(tmp_path / "a")
 
 
 def test_a_missing_checkpoint_says_what_makes_one(tmp_path):
@@ -358,10 +414,7 @@ def test_a_save_that_is_interrupted_is_finished_first(tmp_path, monkeypatch, pyt
 
 def test_a_full_disk_is_one_line_with_its_cause_at_every_save(tmp_path):
     """Orbax and tensorstore print two thousand of their own, from threads."""
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, tmp_path], env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_program(FULL_DISK, tmp_path)
     assert done.stderr == f"train.py: {tmp_path}/checkpoint was not saved: File too large\n"
     assert done.stdout == "a snapshot was not saved, the earlier ones are kept: File too large\n"
     assert done.returncode == 1
