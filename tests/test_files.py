@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from nadaptor._files import check_place, check_writable, hold, write_bytes, write_csv, write_json
+from nadaptor._files import (
+    check_place,
+    check_writable,
+    hold,
+    making,
+    write_bytes,
+    write_csv,
+    write_json,
+)
 from nadaptor.errors import PassingError
 from nadaptor.training.logs import write_metrics
 
@@ -43,6 +51,23 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     with hold(tmp_path / "run"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_being_made_is_not_made_a_second_time_meanwhile(tmp_path):
+    """As a conversion and a fine-tuning are: the second is refused before it works."""
+    begun = []
+
+    @making("out")
+    def make(source, out):
+        begun.append(source)
+        if source == "first":
+            make("second", out=out)
+
+    with pytest.raises(PassingError, match="out is being made by process"):
+        make("first", tmp_path / "out")
+    assert begun == ["first"]
+    make("third", tmp_path / "out")
+    assert begun == ["first", "third"]
 
 
 def test_a_lock_does_not_outlive_a_holder_that_was_killed(tmp_path):

@@ -24,7 +24,7 @@ from nadaptor._files import check_encodable, read_small, sync_folder, uninterrup
 from nadaptor._files.card import DamagedError, brief, fields_of, seal, unseal
 from nadaptor._version import __version__
 from nadaptor.checkpoints.storage import cause_of, hushed
-from nadaptor.errors import RunError
+from nadaptor.errors import PassingError, RunError
 
 Kind = Literal["ann", "snn", "network"]
 _MADE_BY: Mapping[str, str] = {"ann": "train.py", "snn": "convert.py", "network": "save_network"}
@@ -61,8 +61,8 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
 
     Raises:
         ValueError: `path` exists.
-        RunError: an array holds a value that is not finite, or the disk is full; the message has
-            the cause.
+        RunError: an array holds a value that is not finite.
+        PassingError: it cannot be written, on a full disk for example.
         KeyboardInterrupt: Ctrl-C was pressed meanwhile; the checkpoint is whole.
     """
     if path.exists() or path.is_symlink():
@@ -87,7 +87,7 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
             made.rename(path)
         # The storage layer raises anything, a bare Exception included.
         except Exception as error:
-            raise RunError(f"{path} was not saved: {cause_of(error)}") from error
+            raise PassingError(f"{path} was not saved: {cause_of(error)}") from error
     sync_folder(path.parent)
 
 

@@ -21,7 +21,7 @@ from nadaptor._files import check_writable
 from nadaptor._files.card import FORMAT, DamagedError, fields_of, seal, unseal
 from nadaptor.checkpoints.checkpoint import digests, load_card, load_checkpoint, save_checkpoint
 from nadaptor.conversion.origin import check_free
-from nadaptor.errors import RunError
+from nadaptor.errors import PassingError, RunError
 
 ARRAYS = {
     "params": {
@@ -420,6 +420,18 @@ def test_a_full_disk_is_one_line_with_its_cause_at_every_save(tmp_path):
     assert done.returncode == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["snapshots"]
     assert not [path for path in (tmp_path / "snapshots").iterdir() if path.name.isdigit()]
+
+
+def test_a_disk_without_room_is_no_result_of_a_network(tmp_path, monkeypatch):
+    """A study keeps a RunError as what its cell came to, and tries a PassingError again."""
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: writing: No space left on device [source ...]")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    with pytest.raises(PassingError, match=r"a was not saved: No space left on device$"):
+        save_checkpoint(tmp_path / "a", "ann", ARRAYS, CONFIG)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
