@@ -9,6 +9,7 @@ written to.
 
 import argparse
 import collections
+import functools
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import damage, kills
+from nadaptor._provenance import revision
 
 ROOT = Path(__file__).parents[1]
 DAMAGED = ("checkpoint", "spiking network", "snapshots")
@@ -43,7 +45,8 @@ class Record:
         return [row for row in self.rows if row["kind"] == kind]
 
     def add(self, row: Row) -> None:
-        """Keeps a piece."""
+        """Keeps a piece, with the commit that it is of: a later one may go on."""
+        row |= {"commit": revision()}
         self.rows.append(row)
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -159,7 +162,9 @@ def write_table(path: Path, record: Record) -> None:
             lines.append(_damage_line(name, [r for r in record.of(kind) if r["what"] == name]))
     before, rest = path.read_text().split(START)
     after = rest.split(END)[1]
-    path.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n\n{_seen()}\n\n{END}{after}")
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in record.rows))
+    seen = f"Seen on {_day_and_machine()}, commit {commits}."
+    path.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n\n{seen}\n\n{END}{after}")
 
 
 def _kill_line(name: str, rows: Sequence[Row]) -> str:
@@ -180,10 +185,12 @@ def _wrong(rows: Sequence[Row]) -> int:
     return sum(len(row["wrong"]) + len(row.get("litter", ())) for row in rows)
 
 
-def _seen() -> str:
+@functools.cache
+def _day_and_machine() -> str:
+    # In a process of its own: this one forks, and must not have started jax.
     made = json.loads(_python(["-c", "import json; from nadaptor._provenance import provenance\n"
                                "print(json.dumps(provenance()))"]))  # fmt: skip
-    return f"Seen on {made['date']} on a {made['machine']}, commit {made['commit']}."
+    return f"{made['date']} on a {made['machine']}"
 
 
 def main() -> None:

@@ -37,7 +37,9 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
         _keep_compiled()
         _refuse_urls(sys.argv[1:])
         main(sys.argv[1:])
-        sys.stdout.flush()
+        # None where the program was started with it closed.
+        if sys.stdout:
+            sys.stdout.flush()
     except Exception as error:
         end(error)
         raise

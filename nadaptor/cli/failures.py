@@ -51,6 +51,8 @@ def failure(error: BaseException) -> Failure | None:
     if isinstance(error, OSError):
         named = f"{error.filename}: " if error.filename else ""
         return Failure(printable(f"{named}{error.strerror or error}"), 1)
+    if isinstance(error, MemoryError):
+        return Failure(f"out of memory, ask for less at once: {_line(error) or 'MemoryError'}", 1)
     # What jax's collectives on CPU raise is a ValueError.
     if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
         return _of_jax(str(error))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nadaptor.cli.command import run_command
@@ -57,6 +58,19 @@ def test_a_platform_that_is_none_is_one_line_and_nothing_is_written(tmp_path):
     assert done.stderr.startswith("train.py: Unable to initialize backend 'nonsense': ")
     assert done.stderr.endswith("see JAX_PLATFORMS\n") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_no_memory_is_one_line(ended):
+    """NumPy knows before it takes any that 745 GiB are not there."""
+    code, lines = ended(lambda: np.zeros(2**60))
+    assert code == 1
+    assert lines[0].startswith("train.py: out of memory, ask for less at once: Unable to allocate")
+    assert len(lines) == 1
+
+
+def test_a_program_without_a_stdout_ends_as_with_one(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    run_command(lambda _: None)
 
 
 def test_ctrl_c_is_one_line(ended):
