@@ -96,6 +96,7 @@ def simulate_with_early_exit(
     over_time: OverTime = (),
     devices: Sequence[Any] | None = None,
     fast_convolution: bool = False,
+    events: bool = False,
 ) -> EarlyExit:
     """Simulates until every example of a tile is sure of its class, and for T steps at most.
 
@@ -119,6 +120,7 @@ def simulate_with_early_exit(
         over_time: as for `nadaptor.simulate`.
         devices: as for `nadaptor.simulate`; each stops when its own examples have.
         fast_convolution: as for `nadaptor.simulate`.
+        events: as for `nadaptor.simulate`.
 
     Returns:
         The steps and predictions, [1, B]: those of one confidence.
@@ -162,7 +164,8 @@ def simulate_with_early_exit(
         return exits
 
     options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine, over_time=over_time)
-    convert = functools.partial(spiking, f, **options, fast_convolution=fast_convolution)
+    ways = {"fast_convolution": fast_convolution, "events": events}
+    convert = functools.partial(spiking, f, **options, **ways)
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
 
     def run_part(*args: Any) -> EarlyExit:

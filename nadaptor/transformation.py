@@ -8,6 +8,7 @@ evaluated once by `prepare`; the *spiking* part runs at every time step.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from nadaptor._execution.batching import bind_steps
-from nadaptor._execution.convolution import faster_convolution
+from nadaptor._execution.convolution import choose_way, faster_convolution, no_events
 from nadaptor._execution.currents import layer_current
+from nadaptor._execution.events import event_convolution
 from nadaptor._execution.frames import OverTime, first_frames, frame_at
 from nadaptor._execution.means import Averages, Means, step_numbers
 from nadaptor._execution.placement import shard_like
@@ -251,6 +253,7 @@ def spiking(
     nonaffine: Nonaffine = "refuse",
     over_time: OverTime = (),
     fast_convolution: bool = False,
+    events: bool = False,
 ) -> SpikingNetwork:
     """Turns a function with quantized activations into a spiking network (section 2.3, Eq. 6).
 
@@ -278,6 +281,11 @@ def spiking(
         fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 32 channels or
             more and 8 pixels or larger, go through Winograd's F(4x4, 3x3) or F(4, 3). It is faster
             on a CPU, and less exact: a few spikes may flip.
+        events: whether 3x3 and 1x1 convolutions of spikes, in float32, of one group and from 8
+            channels or more into 16 or more, multiply the spikes alone, by a C++ kernel that the
+            system's compiler makes at its first use. It is faster on a CPU the fewer spikes there
+            are, and adds in another order: a few spikes may flip. Where it cannot be, a warning
+            says why, and the network stays as it is. Gradients go through dense convolutions.
 
     Returns:
         The network: `prepare`, `init`, `step` and the list of its `layers`.
@@ -289,7 +297,8 @@ def spiking(
             the user's code and the remedy: an operation on spikes that is not affine, an output
             that no spike reaches, random numbers drawn outside a quantizer, a quantizer inside a
             `while`, `cond`, `shard_map` or `pmap`, no quantizer at all, or with sum coding a neuron
-            made for rates, arguments that vary over time or more levels than float32 counts.
+            made for rates, arguments that vary over time or more levels than float32 counts. Or
+            `fast_convolution` and `events` are both set.
 
     Example:
         >>> import nadaptor
@@ -303,12 +312,13 @@ def spiking(
 
     Source: Noise Adaptor, Eq. 1, 2 and 6.
     """
+    way = choose_way(fast_convolution, events)
     step, frames = first_frames(args, over_time)
     closed, shapes = to_jaxpr(f, *step)
     backend = jax.default_backend()
-    traced = trace(
-        closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, fast_convolution)
-    )
+    traced = trace(closed, lambda eqn, spikes: faster_convolution(eqn, spikes, backend, way))
+    if events and not any(op.primitive is event_convolution for op in traced.ops):
+        warnings.warn(f"events=True changes nothing: {no_events(backend)}", stacklevel=2)
     if nonaffine not in ("refuse", "running_mean" if coding == "rate" else "refuse"):
         raise ValueError(
             f"nonaffine must be 'refuse' or, for rates, 'running_mean', not {nonaffine!r}; sums "

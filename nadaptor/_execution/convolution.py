@@ -1,22 +1,24 @@
-"""Faster ways to compute a 3x3 convolution of spikes on a CPU, put in its place.
+"""Faster ways to compute a convolution of spikes on a CPU, put in its place.
 
 Into few channels, XLA convolves at less than half its speed: two neighbouring columns of outputs
 are computed as one with twice the channels, the same products and some with 0 more. Of a small
 image, much of what it multiplies is the zeros around: each position of the filter takes a product
 of its own, with the pixels it meets. Between many channels, Winograd's algorithm takes a quarter or
-half of the products, and is less exact: it is left to the user. What depends on the filter alone
-is static, and so is made once by `prepare`.
+half of the products, and is less exact: it is left to the user, as is the kernel of `events`. What
+depends on the filter alone is static, and so is made once by `prepare`.
 """
 
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from nadaptor._execution.events import convolve_events, is_fit
+from nadaptor._execution.kernel import load_kernel
 from nadaptor._execution.winograd import (
     convolve,
     convolve_rows,
@@ -34,10 +36,36 @@ LEAST_WINOGRAD_SIZE = 8
 # to multiply the zeros around an image. At 4x4 pixels, a border wide, the share is 0.69.
 LEAST_SMALL, MOST_IN_IMAGE = 128, 0.75
 Padding = Sequence[tuple[int, int]]
+# Which way of computing a convolution of spikes the user asks for, beside those that change no more
+# than the order of sums.
+Way = Literal["direct", "winograd", "events"]
+
+
+def choose_way(fast_convolution: bool, events: bool) -> Way:
+    """Returns what two options stand for, of which there can be but one.
+
+    Raises:
+        ValueError: both are set.
+    """
+    if fast_convolution and events:
+        raise ValueError(
+            "fast_convolution and events are two ways to do the same; set only one of them"
+        )
+    return "winograd" if fast_convolution else "events" if events else "direct"
+
+
+def no_events(backend: str) -> str:
+    """Says why there is no convolution by events, where a network has none."""
+    if backend != "cpu":
+        return f"its kernel is for a CPU, and the default device is a {backend}"
+    return load_kernel().reason or (
+        "no convolution of spikes is 3x3 or 1x1, in float32, of one group and undilated, from "
+        "8 channels or more into 16 or more"
+    )
 
 
 def faster_convolution(
-    eqn: Any, spiking: Sequence[bool], backend: str, winograd: bool = False
+    eqn: Any, spiking: Sequence[bool], backend: str, way: Way = "direct"
 ) -> ClosedJaxpr | None:
     """The body to put in place of a convolution; None to keep it.
 
@@ -45,16 +73,27 @@ def faster_convolution(
         eqn: an equation of a jaxpr.
         spiking: for each operand, whether spikes reach it.
         backend: of `jax.default_backend`: off the CPU, only what the user asks for is replaced.
-        winograd: whether to use Winograd's algorithm, where it is faster.
+        way: what the user asks for: Winograd's algorithm where it is faster, events where the
+            kernel can do them, or neither.
     """
     if not _is_plain(eqn, spiking):
         return None
     dims, padding = eqn.params["dimension_numbers"], eqn.params["padding"]
     image, kernel = (var.aval for var in eqn.invars)
-    outputs, inputs = (kernel.shape[i] for i in dims.rhs_spec[:2])
+    strides = eqn.params["window_strides"]
+    outputs, inputs, *window = (kernel.shape[i] for i in dims.rhs_spec)
     height, width = (eqn.outvars[0].aval.shape[i] for i in dims.out_spec[2:])
     if (
-        winograd
+        way == "events"
+        and backend == "cpu"
+        and is_fit(image, kernel, dims)
+        and load_kernel().target is not None
+    ):
+        body = functools.partial(convolve_events, strides=strides)
+    elif window != [3, 3] or strides != (1, 1):
+        return None
+    elif (
+        way == "winograd"
         and min(inputs, outputs) >= LEAST_WINOGRAD
         and min(height, width) >= LEAST_WINOGRAD_SIZE
     ):
@@ -79,7 +118,7 @@ def faster_convolution(
 
 
 def _is_plain(eqn: Any, spiking: Sequence[bool]) -> bool:
-    """Whether this is a 3x3 convolution of spikes with static weights, stride 1, in float32."""
+    """Whether this is a 2-D convolution of spikes with static weights, undilated, in float32."""
     if eqn.primitive.name != "conv_general_dilated" or tuple(spiking) != (True, False):
         return False
     image, kernel = (var.aval for var in eqn.invars)
@@ -88,8 +127,7 @@ def _is_plain(eqn: Any, spiking: Sequence[bool]) -> bool:
         image.ndim == 4
         # Of an image that an explicit mesh spreads, XLA would have to be told where each part goes.
         and not any(image.sharding.spec)
-        and [kernel.shape[i] for i in params["dimension_numbers"].rhs_spec[2:]] == [3, 3]
-        and {*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"]} == {1}
+        and {*params["lhs_dilation"], *params["rhs_dilation"]} == {1}
         and params["feature_group_count"] == params["batch_group_count"] == 1
         and min(min(edge) for edge in params["padding"]) >= 0
         # Half precision would lose digits in the transforms.

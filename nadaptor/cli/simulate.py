@@ -39,6 +39,7 @@ def simulate_command(
     num_images: int | None = None,
     confidence: float | None = None,
     fast_convolution: bool = False,
+    events: bool = False,
     data_dir: Path | None = None,
     dataset: str | None = None,
     report: Path | None = None,
@@ -59,6 +60,8 @@ def simulate_command(
         confidence: Softmax probability at which an image stops, in a second simulation that does
             not run the steps left over.
         fast_convolution: Use Winograd's convolutions: faster on a CPU, and a few spikes may flip.
+        events: Multiply spikes alone, in a kernel that the C++ compiler of the system makes: faster
+            on a CPU, and a few spikes may flip.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         dataset: Data set for an artefact of your own, whose sidecar names none.
         report: Folder for a conversion report as well: a page with the layers' thresholds, rates,
@@ -74,6 +77,7 @@ def simulate_command(
             "--correction-steps": correction_steps,
             "--confidence": confidence,
             "--fast-convolution": fast_convolution,
+            "--events": events,
         }
         options["--report"] = report
         refuse_idle(options, "with an artefact, which has its own")
@@ -87,7 +91,7 @@ def simulate_command(
     count = 32 if num_steps is None else num_steps
     steps = 4 if correction_steps is None else correction_steps
     spikes = load_spikes(checkpoint).override(coding)
-    inference = get_inference(correction, steps, *spikes, fast_convolution)
+    inference = get_inference(correction, steps, *spikes, fast_convolution, events)
     used = "sum" if spikes.coding == "sum" else correction
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp, StBif
+from nadaptor._execution.convolution import choose_way
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction
 from nadaptor.transformation import Nonaffine
@@ -43,6 +44,7 @@ class Inference(NamedTuple):
     correction: Correction | None
     nonaffine: Nonaffine = "refuse"  # what to do where an operation on rates is not affine
     fast_convolution: bool = False  # faster on a CPU, and a few spikes may flip
+    events: bool = False  # the same, the more so the fewer the spikes
 
     @property
     def coding(self) -> Coding:
@@ -70,6 +72,7 @@ def get_inference(
     coding: Coding = "rate",
     nonaffine: Nonaffine = "refuse",
     fast_convolution: bool = False,
+    events: bool = False,
 ) -> Inference:
     """Returns what a correction's name stands for.
 
@@ -79,13 +82,14 @@ def get_inference(
         coding: "rate", or "sum", which goes with "none" only.
         nonaffine: as for `nadaptor.spiking`.
         fast_convolution: as for `nadaptor.spiking`.
+        events: as for `nadaptor.spiking`.
 
     Returns:
         What to simulate with.
 
     Raises:
-        ValueError: the name is unknown, `num_steps` is not a positive int, or there is a correction
-            with sum coding.
+        ValueError: the name is unknown, `num_steps` is not a positive int, there is a correction
+            with sum coding, or `fast_convolution` and `events` are both set.
 
     Example:
         >>> get_inference("srp", 4).total_steps(32)
@@ -93,16 +97,17 @@ def get_inference(
     """
     if name not in CORRECTIONS:
         raise ValueError(f"unknown correction {name!r}; there are {', '.join(CORRECTIONS)}")
+    choose_way(fast_convolution, events)
     if coding == "sum":
         if name != "none":
             raise ValueError(
                 f"{name} corrects rates, and sum coding ends at the quantized network without it; "
                 "leave the correction out, or use rate coding"
             )
-        return Inference(StBif(), None, nonaffine, fast_convolution)
+        return Inference(StBif(), None, nonaffine, fast_convolution, events)
     neuron = SignedIntegrateAndFire() if name == "negative-spikes" else IntegrateAndFire()
     correction = TWO_STAGES[name](num_steps) if name in TWO_STAGES else None
-    return Inference(neuron, correction, nonaffine, fast_convolution)
+    return Inference(neuron, correction, nonaffine, fast_convolution, events)
 
 
 PLAIN = get_inference("none")

@@ -301,6 +301,7 @@ def _how(inference: Inference) -> dict[str, Any]:
     return {
         **inference.options,
         "fast_convolution": inference.fast_convolution,
+        "events": inference.events,
         "in_axes": (None, 0),
         "devices": None if jax.local_device_count() == 1 else jax.local_devices(),
     }

@@ -82,6 +82,7 @@ def simulate_checkpoint(
         "coding": inference.coding,
         "nonaffine": inference.nonaffine,
         "fast_convolution": inference.fast_convolution,
+        "events": inference.events,
         "total_steps": inference.total_steps(num_steps),
         "ann_noisy": noisy_accuracy(config, variables, images),
         "ann_deterministic": ann_accuracy(model, variables, images),

@@ -79,6 +79,7 @@ def simulate(
     over_time: OverTime = (),
     devices: Sequence[Any] | None = None,
     fast_convolution: bool = False,
+    events: bool = False,
 ) -> Simulation:
     """Simulates a function with quantized activations as a spiking network over T time steps.
 
@@ -114,6 +115,7 @@ def simulate(
             arguments are. On a CPU of several cores this is much faster than one device, with
             `jax.config.update("jax_num_cpu_devices", cores)` before jax is first used.
         fast_convolution: as in `nadaptor.spiking`: faster on a CPU, and a few spikes may flip.
+        events: as in `nadaptor.spiking`: faster on a CPU where spikes are few, by a kernel in C++.
 
     Returns:
         A `Simulation`: `outputs` with time as the leading axis, `spike_counts` and `total_steps`,
@@ -146,7 +148,8 @@ def simulate(
         return sim if sim.settled is None else sim._replace(settled=sim.settled[None])
 
     options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine, over_time=over_time)
-    convert = functools.partial(spiking, f, **options, fast_convolution=fast_convolution)
+    ways = {"fast_convolution": fast_convolution, "events": events}
+    convert = functools.partial(spiking, f, **options, **ways)
     sizes = Sizes(num_steps, steps_per_chunk, tile_size)
 
     def out_axes(whole: SpikingNetwork, part: SpikingNetwork) -> Any:

@@ -155,10 +155,10 @@ def test_a_simulation_is_run_as_its_inference_says(snn, source, monkeypatch, eva
 
     for name in ("simulate", "simulate_with_early_exit"):
         monkeypatch.setattr(accuracy, name, simulated)
-    inference = get_inference("srp", 3, fast_convolution=True)
+    inference = get_inference("srp", 3, fast_convolution=True)._replace(events=True)
     with pytest.raises(InterruptedError):
         evaluate(model, variables, source, num_steps=2, inference=inference)
-    assert asked[0]["fast_convolution"] is True
+    assert asked[0]["fast_convolution"] is True and asked[0]["events"] is True
     assert asked[0]["correction"] == nadaptor.Srp(3)
     assert len(asked[0]["devices"]) == jax.local_device_count()
 

@@ -1,0 +1,125 @@
+"""The C++ kernel of this package, compiled at its first use and kept in the user's cache folder.
+
+A library is named by the digest of its content, in a folder named by all that it was made from: a
+damaged one is known by its name and made anew, another jax or processor has a folder of its own,
+and of two processes that compile at once each puts a whole file in place.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jaxlib
+
+SOURCE = Path(__file__).with_name("events.cc")
+_COMPILERS = ("c++", "g++", "clang++")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+_SYMBOL, _SECONDS = "NadaptorEvents", 300
+
+
+class Kernel(NamedTuple):
+    """A target for `jax.ffi.ffi_call`, or why there is none."""
+
+    target: str | None
+    reason: str = ""
+
+
+@functools.lru_cache(maxsize=1)
+def load_kernel() -> Kernel:
+    """Compiles the kernel if need be, and registers it with jax; once a process.
+
+    Returns:
+        The kernel; without a compiler, or where it fails, one without a target and with a reason
+        that continues a sentence.
+    """
+    compiler = _find_compiler()
+    if compiler is None:
+        return Kernel(None, "no C++ compiler is there: install one, or name it in CXX")
+    try:
+        key = _key(compiler)
+        library = ctypes.CDLL(str(_library(compiler, key)))
+        capsule = jax.ffi.pycapsule(getattr(library, _SYMBOL))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        return Kernel(None, f"{compiler} made no kernel: {_last_line(error)}")
+    target = f"nadaptor_events_{key}"
+    jax.ffi.register_ffi_target(target, capsule, platform="cpu")
+    return Kernel(target)
+
+
+def _find_compiler() -> str | None:
+    """The user's compiler, or the first that is there."""
+    asked = os.environ.get("CXX")
+    names = (asked,) if asked else _COMPILERS
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+def _key(compiler: str) -> str:
+    """Names all that a library depends on; a compiler may be replaced under its name."""
+    version = _run([compiler, "--version"])
+    made_from = (SOURCE.read_text(), _FLAGS, jax.__version__, jaxlib.__version__, version)
+    return _digest(repr((*made_from, sys.platform, platform.machine(), _processor())).encode())[:16]
+
+
+def _processor() -> str:
+    """What the processor can do: a home may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(names)}))
+
+
+def _library(compiler: str, key: str) -> Path:
+    """The compiled library, from the cache or made now."""
+    folder = cache_folder() / f"events-{key}"
+    for path in folder.glob("*.so"):
+        if _digest(path.read_bytes()) == path.stem:
+            return path
+        path.unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _compile(compiler, folder)
+    except PermissionError:
+        # It is in use for as long as the process lives.
+        return _compile(compiler, Path(tempfile.mkdtemp(prefix="nadaptor-")))
+
+
+def cache_folder() -> Path:
+    """The user's folder of what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "nadaptor"
+
+
+def _compile(compiler: str, folder: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "events.so"
+        include = ("-I", jax.ffi.include_dir())
+        _run([compiler, *_FLAGS, *include, str(SOURCE), "-o", str(made)])
+        path = folder / f"{_digest(made.read_bytes())}.so"
+        made.replace(path)
+    return path
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+    return done.stdout
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _last_line(error: Exception) -> str:
+    """The end of what a compiler said, or the error."""
+    said = (getattr(error, "stderr", None) or "").strip().splitlines()
+    return said[-1] if said else str(error)
