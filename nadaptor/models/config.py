@@ -94,8 +94,9 @@ def check_network(network: NetworkConfig, quantizer: QuantizerConfig) -> None:
     Raises:
         ValueError: a value is out of its range; the message names the field and the value.
     """
-    if network.width is not None:
-        check_count(network.width, "width")
+    # XLA ends the program where the sizes of an array multiply to more than it can count.
+    if network.width is not None and check_count(network.width, "width") >= 2**16:
+        raise ValueError(f"width must be below 2^16, not {network.width}")
     if network.pool not in (None, *get_args(Pool)):
         raise ValueError(f"pool must be one of {get_args(Pool)}, not {network.pool!r}")
     for levels in (quantizer.levels, *quantizer.drawn_levels):

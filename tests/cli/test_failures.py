@@ -115,7 +115,7 @@ def test_a_name_that_is_none_of_a_folder_is_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("seed", 2**63), ("levels", 2**24), ("levels", 2**31)]
+    ("field", "value"), [("seed", 2**63), ("levels", 2**24), ("levels", 2**31), ("width", 2**16)]
 )
 def test_numbers_that_jax_cannot_hold_are_refused_by_their_field(field, value):
     fields = {**fields_of(get_config("digits_na")), field: value}

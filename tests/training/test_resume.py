@@ -1,6 +1,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -285,10 +286,12 @@ def test_a_run_that_is_killed_ends_as_the_one_that_is_not(door, runs, tmp_path):
         process = door(tmp_path)
         wait_for(tmp_path, step, process)
         process.send_signal(sent)
-        _, err = process.communicate()
+        out, err = process.communicate()
         if sent == signal.SIGTERM:
             assert process.returncode == 143, err
-            assert "told to end after" in err
+            (saved,) = re.findall(r"told to end after (\d+) steps, which are saved", err)
+            assert (tmp_path / "digits_na/snapshots" / saved).is_dir()
+            assert len(f"{out}{err}".splitlines()) <= 10
         assert not (tmp_path / "digits_na/checkpoint").exists()
     process = door(tmp_path)
     out, err = process.communicate()
