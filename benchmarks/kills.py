@@ -39,13 +39,10 @@ STUDY = [
     "--width", "4", "--train-size", "128", "--num-steps", "4", "--num-images", "32",
 ]  # fmt: skip
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Until a process that has lost the others says so, as nadaptor.parallel states it, and for a
-# machine that has much else to do.
-PATIENCE = 300
+# Until a command is taken to hang: what others leave a drill of the machine may be little.
+PATIENCE = 3600
 # What XLA says of itself on a machine that has much else to do.
 _SLOW = re.compile(r"E\d{4} .*slow_operation_alarm.*\n+(?:E\d{4}.*\n+)*\*+\n.*\n\*+\n")
-# Seconds after which a command is killed no more, so that a drill ends on a busy machine, too.
-ENOUGH = 120
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +192,9 @@ def drill(door: Door, folder: Path, seconds: float, seed: int) -> dict[str, Any]
     chosen, kills, moments, wrong = random.Random(seed), [], [], []
     moments_known = ["time", "change", *["call"] * bool(shutil.which("strace"))]
     wanted = chosen.randint(2, 10)
-    for _ in range(60):
+    for attempt in range(60):
         # A command that does not resume would never end: so in the end it is killed no more.
-        late = len(kills) >= wanted or time.monotonic() - began > ENOUGH
+        late = len(kills) >= wanted or attempt >= 2 * wanted
         moment = "never" if late else chosen.choice(moments_known)
         sent = signal.SIGKILL if moment == "call" else chosen.choice(SIGNALS)
         started = start(door, folder, held=moment == "call")
