@@ -276,7 +276,7 @@ def _read_arrays(path: Path, wanted: Mapping[str, list[Any]] | None) -> Any:
     if strange:
         raise ValueError(f"{path} is damaged: {brief(strange[0])} is no regular file")
     try:
-        with hushed(), ocp.PyTreeCheckpointer() as checkpointer:
+        with uninterrupted(), hushed(), ocp.PyTreeCheckpointer() as checkpointer:
             stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(path.resolve())).tree
             check_stored(stored, wanted, path)
             return jax.tree.map(np.asarray, checkpointer.restore(path.resolve()))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from nadaptor._files import check_writable, read_small
+from nadaptor._files import check_writable, read_small, uninterrupted
 from nadaptor._files.card import DamagedError, brief, fields_of, first_difference, seal, unseal
 from nadaptor.checkpoints.checkpoint import (
     FILE_BYTES,
@@ -251,7 +251,8 @@ class Snapshots:
             stored = ocp.PyTreeCheckpointHandler().metadata(epath.Path(files)).tree
             check_stored(stored, shapes(_flat(like)), files)
             items = ocp.args.Composite(state=ocp.args.PyTreeRestore())
-            flat = self._manager.restore(step, args=items)["state"]
+            with uninterrupted():
+                flat = self._manager.restore(step, args=items)["state"]
         # The storage layer raises anything, a bare Exception included.
         except Exception as error:
             raise DamagedError(_line(error)) from error

@@ -412,6 +412,20 @@ def test_a_save_that_is_interrupted_is_finished_first(tmp_path, monkeypatch, pyt
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_read_that_is_interrupted_is_finished_first(saved, monkeypatch, python_takes_ctrl_c):
+    restore, ended = ocp.PyTreeCheckpointer.restore, []
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        ended.append(restore(*args, **kwargs))
+        return ended[0]
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_checkpoint(saved, "ann")
+    chex.assert_trees_all_equal(ended[0], ARRAYS)
+
+
 def test_a_full_disk_is_one_line_with_its_cause_at_every_save(tmp_path):
     """Orbax and tensorstore print two thousand of their own, from threads."""
     done = run_program(FULL_DISK, tmp_path)
