@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from nadaptor._files import check_place
 from nadaptor.cli.command import changed, program, read_words, refuse_idle, use_every_core
 from nadaptor.configs.config import Config, replace
 from nadaptor.configs.inference import Spikes
@@ -20,6 +21,7 @@ from nadaptor.conversion.convert import convert
 from nadaptor.conversion.origin import Weights
 from nadaptor.conversion.quantized import QuantizeOptions, convert_quantized
 from nadaptor.data.config import Normalization
+from nadaptor.evaluation.insight import report_conversion
 from nadaptor.models.layers import Pool
 from nadaptor.neurons import Coding
 from nadaptor.transformation import Nonaffine
@@ -92,6 +94,7 @@ def convert_command(
     nonaffine: Nonaffine = "refuse",
     num_images: int | None = None,
     data_dir: Path | None = None,
+    report: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Folds batch norm, checks the result, and writes the spiking network with its card.
@@ -113,9 +116,13 @@ def convert_command(
         num_images: Validation images to check on (32); with --calibrate and --quantize, training
             images to measure on (128, and at 224 pixels 32).
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
+        report: Folder for a conversion report: a page with what the conversion and the dynamics
+            lost at T = 32, on the first 512 validation images.
         out: Folder to make; by default "snn" beside the checkpoint, or in runs/CONFIG.
     """
     _refuse_idle(measured, changes, init_from)
+    if report is not None:
+        check_place(report)
     if measured.calibrate and quantize is not None:
         raise ValueError("--calibrate and --quantize are two ways to convert; choose one")
     spikes = Spikes(coding, nonaffine)
@@ -147,6 +154,8 @@ def convert_command(
         convert_quantized(source, out, QuantizeOptions(quantize, **count), data_dir, spikes)
     else:
         convert(source, out, **count, data_dir=data_dir, spikes=spikes)
+    if report is not None:
+        report_conversion(source, out, report, data_dir)
 
 
 def _check_quantized(source: Path | Weights, levels: int | None) -> None:

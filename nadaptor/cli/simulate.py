@@ -1,5 +1,6 @@
 """`nadaptor simulate CHECKPOINT`: measures a converted network at every time step."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,13 +8,38 @@ from typing import Annotated, Literal
 import tyro
 
 from nadaptor._files import check_place
-from nadaptor.cli.command import program, read_words, refuse_idle, use_every_core
+from nadaptor.cli.command import changed, program, read_words, refuse_idle, use_every_core
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
-from nadaptor.conversion.convert import load_spikes
+from nadaptor.conversion.convert import open_snn
 from nadaptor.evaluation.exported import simulate_exported, write_exported
 from nadaptor.evaluation.insight import write_insight
-from nadaptor.evaluation.report import simulate_checkpoint, write_report
+from nadaptor.evaluation.report import measure, measure_ann, write_ann, write_report
 from nadaptor.neurons import Coding
+from nadaptor.operations import EnergyTable
+
+Mode = Literal["snn", "ann"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The conversion report."""
+
+    # Folder for a conversion report as well: a page with the layers' thresholds, rates, errors and
+    # occasional noise, energy and pictures, of the first 16 images.
+    report: Path | None = None
+    # pJ per multiply-accumulate in the report (4.6, of 45 nm and 32 bits).
+    mac_energy: float | None = None
+    # pJ per synaptic operation in the report (0.9).
+    ac_energy: float | None = None
+
+    @property
+    def table(self) -> EnergyTable:
+        """What an operation takes."""
+        given = {"mac": self.mac_energy, "ac": self.ac_energy}
+        return EnergyTable(**{name: pj for name, pj in given.items() if pj is not None})
+
+
+NO_REPORT = Report()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -26,11 +52,17 @@ def main(arguments: Sequence[str]) -> None:
         ValueError: as `nadaptor.training.simulate_checkpoint`, or an option would do nothing.
     """
     use_every_core()
-    read_words(simulate_command, prog=program("simulate"), args=list(arguments))
+    read_words(
+        simulate_command,
+        prog=program("simulate"),
+        args=list(arguments),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
 
 
 def simulate_command(
     checkpoint: Annotated[Path, tyro.conf.Positional],
+    mode: Mode = "snn",
     num_steps: int | None = None,
     split: Literal["validation", "test"] = "validation",
     coding: Coding | None = None,
@@ -42,7 +74,7 @@ def simulate_command(
     events: bool = False,
     data_dir: Path | None = None,
     dataset: str | None = None,
-    report: Path | None = None,
+    insight: Annotated[Report, tyro.conf.arg(name="")] = NO_REPORT,
     out: Path | None = None,
 ) -> None:
     """Prints accuracy at every time step, spikes and early exit; saves CSV, JSON and a plot.
@@ -50,6 +82,8 @@ def simulate_command(
     Args:
         checkpoint: The folder that convert.py printed, or an artefact of nadaptor export, which has
             its own T, coding and correction.
+        mode: Run neurons, or (ann) the quantizers in their place: what that lacks to the trained
+            network is lost by the conversion, and not by the dynamics.
         num_steps: T, time steps (32).
         split: Images to read; the test set is for final figures, not for choices.
         coding: How spikes carry a number: by their rate, or by their sum, which ends exactly at the
@@ -64,44 +98,51 @@ def simulate_command(
             on a CPU, and a few spikes may flip.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         dataset: Data set for an artefact of your own, whose sidecar names none.
-        report: Folder for a conversion report as well: a page with the layers' thresholds, rates,
-            errors and occasional noise, energy and pictures, of the first 16 images.
-        out: Folder for the files; by default "simulation-SPLIT" beside the checkpoint, with
-            "-sum" or "-CORRECTION" at the end where it applies.
+        insight: The conversion report.
+        out: Folder for the files; by default "simulation-SPLIT" beside the checkpoint, with "-sum",
+            "-CORRECTION" or "-ann" at the end where it applies.
     """
+    options: dict[str, object] = {
+        "--num-steps": num_steps,
+        "--coding": coding,
+        "--correction": None if correction == "none" else correction,
+        "--correction-steps": correction_steps,
+        "--confidence": confidence,
+        "--fast-convolution": fast_convolution,
+        "--events": events,
+        **changed(insight, NO_REPORT, ("report", "mac_energy", "ac_energy")),
+    }
     if checkpoint.is_file():
-        options: dict[str, object] = {
-            "--num-steps": num_steps,
-            "--coding": coding,
-            "--correction": None if correction == "none" else correction,
-            "--correction-steps": correction_steps,
-            "--confidence": confidence,
-            "--fast-convolution": fast_convolution,
-            "--events": events,
-        }
-        options["--report"] = report
+        options["--mode"] = None if mode == "snn" else mode
         refuse_idle(options, "with an artefact, which has its own")
         out = checkpoint.parent / f"simulation-{split}-exported" if out is None else out
         _check_places(out, None)
         measured = simulate_exported(checkpoint, split, dataset, data_dir, num_images)
         return write_exported(measured, out)
     refuse_idle({"--dataset": dataset}, "without an artefact of nadaptor export")
+    if mode == "ann":
+        refuse_idle(options, "with --mode ann, which has no time steps")
+        out = checkpoint.parent / f"simulation-{split}-ann" if out is None else out
+        _check_places(out, None)
+        return write_ann(measure_ann(open_snn(checkpoint), split, data_dir, num_images), out)
+    if insight.report is None:
+        energies = changed(insight, NO_REPORT, ("mac_energy", "ac_energy"))
+        refuse_idle(energies, "without --report")
     if correction not in TWO_STAGES:
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
     count = 32 if num_steps is None else num_steps
     steps = 4 if correction_steps is None else correction_steps
-    spikes = load_spikes(checkpoint).override(coding)
+    snn = open_snn(checkpoint)
+    spikes = snn.spikes.override(coding)
     inference = get_inference(correction, steps, *spikes, fast_convolution, events)
     used = "sum" if spikes.coding == "sum" else correction
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out
-    _check_places(out, report)
-    measured = simulate_checkpoint(
-        checkpoint, count, split, inference, data_dir, num_images, confidence
-    )
+    _check_places(out, insight.report)
+    measured = measure(snn, count, split, inference, data_dir, num_images, confidence)
     write_report(measured, out)
-    if report is not None:
-        write_insight(checkpoint, measured, inference, report, data_dir)
+    if insight.report is not None:
+        write_insight(snn, measured, inference, insight.report, data_dir, table=insight.table)
 
 
 def _check_places(out: Path, report: Path | None) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -186,11 +186,39 @@ def load_spikes(checkpoint: Path) -> Spikes:
     Raises:
         ValueError: there is no such checkpoint, or its card is damaged.
     """
-    card = load_card(checkpoint, "snn")
+    return _spikes(checkpoint, load_card(checkpoint, "snn"))
+
+
+def _spikes(checkpoint: Path, card: Mapping[str, Any]) -> Spikes:
     found = Spikes(card.get("coding", "rate"), card.get("nonaffine", "refuse"))
     if found.coding not in get_args(Coding) or found.nonaffine not in get_args(Nonaffine):
         raise ValueError(f"{checkpoint} is damaged: it says {found}; convert the network again")
     return found
+
+
+class Converted(NamedTuple):
+    """A converted network, all that its folder holds."""
+
+    model: nn.Module  # folded
+    variables: Any
+    config: Config  # that it was trained with
+    spikes: Spikes
+    card: dict[str, Any]
+
+
+def open_snn(checkpoint: Path) -> Converted:
+    """Loads a converted network with its card, which is read once.
+
+    Args:
+        checkpoint: folder that `convert` wrote.
+
+    Raises:
+        ValueError: there is no such checkpoint, or it is damaged.
+    """
+    variables, card = load_checkpoint(checkpoint, "snn")
+    config = from_json(card["config"])
+    model = build_folded(config, class_count(variables))
+    return Converted(model, variables, config, _spikes(checkpoint, card), card)
 
 
 def load_snn(checkpoint: Path) -> tuple[nn.Module, Any, Config]:
@@ -207,9 +235,7 @@ def load_snn(checkpoint: Path) -> tuple[nn.Module, Any, Config]:
     Raises:
         ValueError: there is no such checkpoint, or it is damaged.
     """
-    variables, card = load_checkpoint(checkpoint, "snn")
-    config = from_json(card["config"])
-    return build_folded(config, class_count(variables)), variables, config
+    return open_snn(checkpoint)[:3]
 
 
 def build_folded(config: Config, num_classes: int | None = None) -> nn.Module:

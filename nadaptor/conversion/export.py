@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nadaptor._checks import check_count
-from nadaptor.checkpoints.checkpoint import load_card
 from nadaptor.configs.config import to_json
 from nadaptor.configs.inference import PLAIN, Inference
-from nadaptor.conversion.convert import load_snn
+from nadaptor.conversion.convert import open_snn
 from nadaptor.conversion.weights import named_weights, save_weights
 from nadaptor.data.config import DataConfig
 from nadaptor.data.registry import get_spec
@@ -49,8 +48,7 @@ def export_checkpoint(
             set of its config is not known.
         MissingPackageError: flatbuffers, or jax2onnx, is not installed.
     """
-    model, variables, config = load_snn(checkpoint)
-    card = load_card(checkpoint, "snn")
+    model, variables, config, _, card = open_snn(checkpoint)
     identity = card.get("data") or {}
     if form == "safetensors":
         levels = config.quantizer.levels

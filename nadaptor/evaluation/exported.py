@@ -6,14 +6,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from nadaptor._files import write_csv, write_json
 from nadaptor.configs.config import from_json
 from nadaptor.data.config import DataConfig
 from nadaptor.data.loader import evaluation_batches
 from nadaptor.data.registry import open_split
 from nadaptor.data.source import Source, images_together, normalize
-from nadaptor.reports.plots import Curve, plot_accuracy
-from nadaptor.reports.tables import percent
+from nadaptor.evaluation.report import print_accuracy, write_accuracy
 from nadaptor.simulation.deployment import Exported, load_exported, output_of
 
 
@@ -71,15 +69,8 @@ def write_exported(report: dict[str, Any], out: Path) -> None:
         report: what was measured.
         out: folder for `accuracy.csv` (t, accuracy), `report.json` and `accuracy.png`.
     """
-    accuracy = report["accuracy"]
-    rows = [{"t": t, "accuracy": a} for t, a in enumerate(accuracy, start=1)]
-    for row in rows:
-        print(f"{'T = ' + str(row['t']):>20} {percent(row['accuracy'])}")
-    write_csv(out / "accuracy.csv", rows)
-    write_json(out / "report.json", report)
-    curve = Curve(report["name"], accuracy, [0.0] * len(accuracy))
-    plot_accuracy([curve], f"{report['split']} accuracy, %", out / "accuracy.png")
-    print(f"written: {out}")
+    print_accuracy(report)
+    write_accuracy(report, report["name"], out)
 
 
 def _open(

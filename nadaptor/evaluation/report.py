@@ -8,11 +8,10 @@ import jax
 
 from nadaptor._checks import check_count
 from nadaptor._files import write_csv, write_json
-from nadaptor.checkpoints.checkpoint import load_card
 from nadaptor.configs.build import build_model
 from nadaptor.configs.config import Config, replace, to_json
 from nadaptor.configs.inference import Inference, get_inference
-from nadaptor.conversion.convert import check_coding, class_count, load_snn, load_spikes
+from nadaptor.conversion.convert import Converted, check_coding, class_count, open_snn
 from nadaptor.data.registry import open_split
 from nadaptor.data.source import Source
 from nadaptor.evaluation.accuracy import ann_accuracy, exit_accuracy, snn_accuracy
@@ -60,13 +59,26 @@ def simulate_checkpoint(
             set's classes or files are not those that the network was trained on.
     """
     check_count(num_steps, "num_steps")
-    model, variables, config = load_snn(checkpoint)
-    known = load_card(checkpoint, "snn").get("data")
+    return measure(
+        open_snn(checkpoint), num_steps, split, inference, data_dir, num_images, confidence
+    )
+
+
+def measure(
+    snn: Converted,
+    num_steps: int,
+    split: SplitToMeasure,
+    inference: Inference | None = None,
+    data_dir: Path | None = None,
+    num_images: int | None = None,
+    confidence: float | None = None,
+) -> dict[str, Any]:
+    """Does what `simulate_checkpoint` does, with a network that is loaded."""
+    model, variables, config, spikes, _ = snn
     if inference is None:
-        spikes = load_spikes(checkpoint)
-        inference = get_inference("none", coding=spikes.coding, nonaffine=spikes.nonaffine)
+        inference = get_inference("none", 4, *spikes)
     check_coding(config, inference.coding)
-    images = open_split(config.data, split, data_dir, num_images, known)
+    images = _images(snn, split, data_dir, num_images)
     stopped = None
     if confidence is not None:
         exits = exit_accuracy(model, variables, images, num_steps, confidence, inference)
@@ -75,19 +87,58 @@ def simulate_checkpoint(
         model, variables, images, num_steps, inference=inference, confidences=CONFIDENCES
     )
     return {
-        "config": to_json(config),
-        "split": split,
-        "num_images": images.size,
+        **_of_ann(snn, split, images),
         "num_steps": num_steps,
         "coding": inference.coding,
         "nonaffine": inference.nonaffine,
         "fast_convolution": inference.fast_convolution,
         "events": inference.events,
         "total_steps": inference.total_steps(num_steps),
-        "ann_noisy": noisy_accuracy(config, variables, images),
-        "ann_deterministic": ann_accuracy(model, variables, images),
         **result._asdict(),
         "stopped": stopped,
+    }
+
+
+def measure_ann(
+    snn: Converted,
+    split: SplitToMeasure,
+    data_dir: Path | None = None,
+    num_images: int | None = None,
+) -> dict[str, Any]:
+    """Measures a converted network with its quantizers in place of neurons: without dynamics.
+
+    What it lacks to the trained network is lost by the conversion, and what the spiking network
+    lacks to it by the dynamics.
+
+    Args:
+        snn: the network.
+        split: images to read.
+        data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
+        num_images: the first images of the split to measure on; None for all.
+
+    Returns:
+        `ann_noisy` and `ann_deterministic`, as those of `simulate_checkpoint`; `config`, `split`
+        and `num_images`.
+
+    Raises:
+        ValueError: the data set's classes or files are not those that it was trained on.
+    """
+    return _of_ann(snn, split, _images(snn, split, data_dir, num_images))
+
+
+def _images(
+    snn: Converted, split: SplitToMeasure, data_dir: Path | None, num_images: int | None
+) -> Source:
+    return open_split(snn.config.data, split, data_dir, num_images, snn.card.get("data"))
+
+
+def _of_ann(snn: Converted, split: SplitToMeasure, images: Source) -> dict[str, Any]:
+    return {
+        "config": to_json(snn.config),
+        "split": split,
+        "num_images": images.size,
+        "ann_noisy": noisy_accuracy(snn.config, snn.variables, images),
+        "ann_deterministic": ann_accuracy(snn.model, snn.variables, images),
     }
 
 
@@ -99,11 +150,8 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
         out: folder for `accuracy.csv` (t, accuracy), `report.json` and `accuracy.png`.
     """
     accuracy = report["accuracy"]
-    for name in ("ann_noisy", "ann_deterministic"):
-        if report[name] is not None:
-            print(f"{name:>20} {percent(report[name])}")
-    for t, fraction in enumerate(accuracy, start=1):
-        print(f"{f'T = {t}':>20} {percent(fraction)}")
+    _print_ann(report)
+    print_accuracy(report)
     for layer, spikes in report["spikes_per_neuron"].items():
         print(f"{layer:>20} {spikes:.3f} spikes per neuron in {len(accuracy)} steps")
     print(f"{'all layers':>20} {report['mean_spikes']:.3f} spikes per neuron")
@@ -118,12 +166,41 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
             f"{percent(stopped['accuracy'])} after {stopped['mean_steps']:.2f} steps on average"
         )
     # What was measured stands on the screen, whatever becomes of the files.
-    write_csv(
-        out / "accuracy.csv", [{"t": t, "accuracy": a} for t, a in enumerate(accuracy, start=1)]
-    )
+    write_accuracy(report, report["config"]["name"], out)
+
+
+def print_accuracy(report: Mapping[str, Any]) -> None:
+    """Prints the accuracy at every t."""
+    for t, fraction in enumerate(report["accuracy"], start=1):
+        print(f"{f'T = {t}':>20} {percent(fraction)}")
+
+
+def write_accuracy(report: Mapping[str, Any], name: str, out: Path) -> None:
+    """Writes a report with the accuracy at every t.
+
+    Args:
+        report: with `accuracy` and `split`.
+        name: of the curve.
+        out: folder for `accuracy.csv` (t, accuracy), `report.json` and `accuracy.png`.
+    """
+    accuracy = report["accuracy"]
+    rows = [{"t": t, "accuracy": a} for t, a in enumerate(accuracy, start=1)]
+    write_csv(out / "accuracy.csv", rows)
     write_json(out / "report.json", report)
-    curve = Curve(report["config"]["name"], accuracy, [0.0] * len(accuracy))
+    curve = Curve(name, accuracy, [0.0] * len(accuracy))
     plot_accuracy([curve], f"{report['split']} accuracy, %", out / "accuracy.png")
+    print(f"written: {out}")
+
+
+def write_ann(report: Mapping[str, Any], out: Path) -> None:
+    """Prints what `measure_ann` measured, and writes it.
+
+    Args:
+        report: what was measured.
+        out: folder for `report.json`.
+    """
+    _print_ann(report)
+    write_json(out / "report.json", report)
     print(f"written: {out}")
 
 
@@ -134,6 +211,12 @@ def noisy_accuracy(config: Config, variables: Any, images: Source) -> float | No
     noisy = replace(config, activation="noise_adaptor", dtype="float32")
     noisy = build_model(noisy, folded=True, num_classes=class_count(variables))
     return ann_accuracy(noisy, variables, images, jax.random.key(config.seed))
+
+
+def _print_ann(report: Mapping[str, Any]) -> None:
+    for name in ("ann_noisy", "ann_deterministic"):
+        if report[name] is not None:
+            print(f"{name:>20} {percent(report[name])}")
 
 
 def _exit_row(row: Mapping[str, float]) -> dict[str, str]:

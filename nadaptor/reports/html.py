@@ -26,7 +26,11 @@ figcaption { font-size: .9rem; color: #555; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th { vertical-align: bottom; }
+td { white-space: nowrap; }
+/* On a narrow window a table scrolls, and its rows keep their names in sight. */
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+  background: #fff; max-width: 45vw; white-space: normal; }
 </style>
 </head>
 <body>
@@ -37,7 +41,7 @@ th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
 <div class="table"><table>
 <tr>{% for name in table.rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
 {% for row in table.rows %}
-<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+<tr>{% for cell in row.values() %}<td>{{ cell | breakable }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
 {% endfor %}
@@ -76,14 +80,20 @@ def html_page(
     """
     with extra("train", "nadaptor.reports.html"):
         import jinja2
+        import markupsafe
 
     shown = [
         {"caption": caption, "data": base64.b64encode(svg_bytes(figure)).decode()}
         for caption, figure in pictures.items()
     ]
-    template = jinja2.Environment(
+    environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    ).from_string(_PAGE)
+    )
+    # Names of layers may break behind a slash, and nowhere else.
+    environment.filters["breakable"] = lambda text: markupsafe.Markup("/<wbr>").join(
+        text.split("/")
+    )
+    template = environment.from_string(_PAGE)
     return template.render(title=title, summary=summary, tables=tables, pictures=shown)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nadaptor._files import write_bytes
-from nadaptor.reports.plots import Curve, figure_bytes, new_figure
+from nadaptor.reports.plots import Curve, draw_curves, figure_bytes, new_figure
 
 
 class Run(NamedTuple):
@@ -31,15 +31,9 @@ def accuracy_over_time(curves: Sequence[Curve], ann: float | None = None) -> Any
     """
     figure = new_figure(6, 4)
     axes = figure.subplots()
-    for curve in curves:
-        t = np.arange(1, len(curve.mean) + 1)
-        mean, std = 100 * np.asarray(curve.mean), 100 * np.asarray(curve.std)
-        axes.plot(t, mean, marker=".", label=curve.label)
-        if std.any():
-            axes.fill_between(t, mean - std, mean + std, alpha=0.2)
+    draw_curves(axes, curves)
     if ann is not None:
         axes.axhline(100 * ann, color="gray", linestyle="--", label="ANN")
-    axes.set_xscale("log", base=2)
     return _labelled(figure, axes, "time steps T", "accuracy, %", legend=True)
 
 
@@ -50,6 +44,8 @@ def accuracy_over_energy(runs: Sequence[Run], ann: tuple[float, float] | None = 
         runs: one line each.
         ann: accuracy and energy in pJ of the network without spikes; None for no point.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     figure = new_figure(6, 4)
     axes = figure.subplots()
     for run in runs:
@@ -62,6 +58,10 @@ def accuracy_over_energy(runs: Sequence[Run], ann: tuple[float, float] | None = 
     if ann is not None:
         axes.plot(ann[1] / 1e3, 100 * ann[0], "*", color="gray", markersize=12, label="ANN")
     axes.set_xscale("log")
+    # Numbers at powers of ten alone would be one or none here, and all of them overlap.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     return _labelled(figure, axes, "energy per image, nJ", "accuracy, %", legend=True)
 
 

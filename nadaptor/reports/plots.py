@@ -46,7 +46,7 @@ def plot_panels(
     figure = new_figure(2 + 4 * columns, 3.6 * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
-        _draw(axes, curves, total)
+        draw_curves(axes, curves, total)
         axes.set(title=title, xlabel="network steps in all" if total else "time steps T")
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
@@ -73,13 +73,21 @@ def figure_bytes(figure: Any) -> bytes:
     return image.getvalue()
 
 
-def _draw(axes: Any, curves: Sequence[Curve], total: bool) -> None:
+def draw_curves(axes: Any, curves: Sequence[Curve], total: bool = False) -> None:
+    """Draws curves over time steps, with a band of one standard deviation where there are seeds.
+
+    Args:
+        axes: of matplotlib.
+        curves: one line each.
+        total: whether steps that corrections spent are counted, too.
+    """
     last = 1
     for curve in curves:
         steps = np.arange(1, len(curve.mean) + 1) + (curve.spent if total else 0)
         mean, std = 100 * np.asarray(curve.mean), 100 * np.asarray(curve.std)
         axes.plot(steps, mean, marker=".", label=curve.label)
-        axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
+        if std.any():
+            axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
         last = max(last, steps[-1])
     axes.set_xscale("log")
     ticks = [2**k for k in range(int(last).bit_length())]
