@@ -26,12 +26,12 @@ def hushed() -> Iterator[None]:
     from absl import logging as of_orbax
 
     _hush_closed_loops()
-    logger = of_orbax.get_absl_logger()
-    logger.addFilter(_is_no_error)
+    logger, own = of_orbax.get_absl_logger(), _NoErrors()
+    logger.addFilter(own)
     try:
         yield
     finally:
-        logger.removeFilter(_is_no_error)
+        logger.removeFilter(own)
 
 
 def cause_of(error: Exception) -> str:
@@ -51,8 +51,11 @@ def cause_of(error: Exception) -> str:
     )
 
 
-def _is_no_error(record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+class _NoErrors(logging.Filter):
+    """One for each block: of blocks that lie in each other the inner one must leave the outer's."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def _hush_closed_loops() -> None:
