@@ -98,8 +98,7 @@ def layer_errors(
         >>> [float(error) for error in errors.values()]
         [0.0]
     """
-    if reference not in ("rounded", "clipped"):
-        raise ValueError(f"reference must be 'rounded' or 'clipped', not {reference!r}")
+    _check_reference(reference)
     net = spiking(f, *args, neuron=neuron, coding=coding, nonaffine=nonaffine)
     prepared = net.prepare(*args)
     wanted = analog_activations(net, prepared, reference)
@@ -160,6 +159,7 @@ def conversion_report(
     f: Callable[..., Any],
     *args: Any,
     num_steps: int,
+    reference: Reference = "rounded",
     neuron: Neuron | None = None,
     coding: Coding = "rate",
     nonaffine: Nonaffine = "refuse",
@@ -179,6 +179,8 @@ def conversion_report(
         f: function whose activations are quantizers of `nadaptor`.
         *args: its arguments.
         num_steps: T.
+        reference: what the error is against, as in `layer_errors`: "clipped" for `clipped_relu`, as
+            a calibration makes it.
         neuron: as in `nadaptor.simulate`.
         coding: as in `nadaptor.simulate`.
         nonaffine: as in `nadaptor.simulate`.
@@ -189,7 +191,7 @@ def conversion_report(
         A `LayerReport` by the layer's name, in the order of evaluation.
 
     Raises:
-        ValueError: as `nadaptor.simulate`.
+        ValueError: as `nadaptor.simulate`, or an unknown reference.
 
     Example:
         >>> import nadaptor
@@ -200,9 +202,10 @@ def conversion_report(
 
     Source: Noise Adaptor, sections 1 and 3; Bu et al., QCFS, 2022 ("unevenness error").
     """
+    _check_reference(reference)
     net = spiking(f, *args, neuron=neuron, coding=coding, nonaffine=nonaffine)
     prepared, steps = net.prepare(*args), check_count(num_steps, "num_steps")
-    wanted = analog_activations(net, prepared, "rounded")
+    wanted = analog_activations(net, prepared, reference)
     start, sums = start_carry(net, prepared, correction), net.coding == "sum"
     zeros = net.shard([jnp.zeros(layer.shape, jnp.float32) for layer in net.layers])
 
@@ -233,6 +236,11 @@ def conversion_report(
         layer.name: _layer_report(layer, total, spikes, current, error, steps, sums)
         for layer, total, spikes, current, error in parts
     }
+
+
+def _check_reference(reference: str) -> None:
+    if reference not in ("rounded", "clipped"):
+        raise ValueError(f"reference must be 'rounded' or 'clipped', not {reference!r}")
 
 
 def _layer_report(

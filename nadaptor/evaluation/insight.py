@@ -74,7 +74,10 @@ def write_insight(
     source = open_split(config.data, measured["split"], data_dir, num_images, card.get("data"))
     images = jnp.asarray(load_images(source).images)
     steps, options = measured["num_steps"], inference.options
-    run = jax.jit(functools.partial(conversion_report, model.apply, num_steps=steps, **options))
+    clipped = config.quantizer.activation == "clipped_relu"
+    # Rounding to one level would be no activation of a calibrated network.
+    how = dict(num_steps=steps, reference="clipped" if clipped else "rounded", **options)
+    run = jax.jit(functools.partial(conversion_report, model.apply, **how))
     layers = jax.device_get(run(variables, images))
     table = EnergyTable() if table is None else table
     spent = energy(model.apply, variables, images, num_steps=steps, table=table, **options)
@@ -82,7 +85,7 @@ def write_insight(
     levels = config.quantizer.levels if fixed is None else fixed
     units, thresholds = _thresholds(model, variables, images, inference, levels)
     # A clipped ReLU has one step, whose height is the threshold: no levels in the paper's sense.
-    told = None if config.quantizer.activation == "clipped_relu" else levels
+    told = None if clipped else levels
     found = Insight(len(images), layers, spent, table, units, thresholds, told)
     write_json(out / "conversion.json", _as_json(found))
     write_csv(out / "energy.csv", energy_rows(found))

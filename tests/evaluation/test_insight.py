@@ -51,6 +51,16 @@ def test_energy_of_the_layers_adds_up_at_every_step(reported):
     assert told["pj_per_operation"] == {"mac": 4.6, "ac": 0.9}
 
 
+def test_errors_of_a_calibrated_network_are_against_its_clipped_activations(reported):
+    _, out = reported
+    layers = json.loads((out / "conversion.json").read_text())["layers"]
+    first = next(iter(layers.values()))
+    # With a constant current and a start of half a threshold the count is off by half at most, and
+    # a rounding to one level would be off by as much for activations in between.
+    assert 0 < first["error"][-1] <= 0.5 / T
+    assert first["error"][-1] < first["error"][0]
+
+
 def test_the_page_parts_what_the_conversion_lost_from_what_the_dynamics_did(reported):
     page = (reported[1] / "report.html").read_text()
     for words in ("as it was trained", "converted, with quantizers", f"spiking, after {T} steps"):
