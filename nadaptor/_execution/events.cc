@@ -2,9 +2,8 @@
 //
 // Each image of the call goes one of two ways. Where few of its values are spikes, their channels
 // are listed pixel by pixel, and every sum takes the listed rows of weights alone. Otherwise all
-// channels are taken, several pixels at a time. Both add to a sum in one order: by column of the
-// kernel, by row, by channel. A zero adds nothing, so that the choice changes no bit of the result,
-// nor does the batch.
+// channels are taken, several pixels at a time. Both add to a sum in one order, so that the choice
+// changes no bit of the result, as a zero adds nothing, nor does the batch.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,8 +19,12 @@ namespace {
 // A vector of the compiler's own: on a machine of narrower ones it is several, on one of wider ones
 // a part. Twelve of them stay in registers as sums.
 constexpr int kLanes = 8;
+constexpr int kCache = 16;  // floats in a line of the cache
+struct alignas(4 * kCache) Cache {
+  float of[kCache];
+};
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef uint16_t Channels __attribute__((vector_size(2 * kLanes), aligned(2)));
+typedef uint32_t Entries __attribute__((vector_size(4 * kLanes), aligned(4)));
 
 // Images [height, width, channels], kernels [rows, padded, channels, block] for a block of outputs.
 struct Shape {
@@ -33,17 +36,20 @@ struct Shape {
   int64_t size() const { return height * width * channels; }
 };
 
-// The channels of the spikes of one image, and how many each pixel has.
+// The spikes of one image in order, each its column and its channel, and where each pixel's begin.
 struct Events {
-  std::vector<uint16_t> channels, counts;
+  std::vector<uint32_t> entries;
+  std::vector<int32_t> starts;
 };
+inline int64_t column_of(uint32_t entry) { return entry >> 16; }
+inline int64_t channel_of(uint32_t entry) { return entry & 0xffff; }
 
 // The positions of the bits that are set in each byte, in order.
 struct Positions {
-  Channels of[1 << kLanes];
+  Entries of[1 << kLanes];
   Positions() {
     for (int byte = 0; byte < 1 << kLanes; byte++) {
-      of[byte] = Channels{};
+      of[byte] = Entries{};
       for (int bit = 0, n = 0; bit < kLanes; bit++)
         if (byte >> bit & 1) of[byte][n++] = bit;
     }
@@ -74,24 +80,25 @@ int64_t count(const float* x, int64_t size) {
 }
 
 void list(const Shape& s, const float* x, Events& events) {
-  events.channels.resize(s.size() + kLanes);  // what is written past the last is not read
-  events.counts.resize(s.height * s.width);
-  uint16_t* to = events.channels.data();
-  for (auto& counted : events.counts) {
-    int n = 0, c = 0;
-    for (; c + kLanes <= s.channels; c += kLanes) {
-      const int byte = spikes_at(x + c);
-      *(Channels*)(to + n) = kPositions.of[byte] + (uint16_t)c;
-      n += __builtin_popcount(byte);
+  events.entries.resize(s.size() + kLanes);  // what is written past the last is not read
+  events.starts.resize(s.height * s.width + 1);
+  uint32_t* const entries = events.entries.data();
+  int32_t n = 0, pixel = 0;
+  for (int64_t y = 0; y < s.height; y++)
+    for (uint32_t column = 0; column < s.width; column++, x += s.channels) {
+      events.starts[pixel++] = n;
+      uint32_t c = 0;
+      for (; c + kLanes <= s.channels; c += kLanes) {
+        const int byte = spikes_at(x + c);
+        *(Entries*)(entries + n) = kPositions.of[byte] + (column << 16 | c);
+        n += __builtin_popcount(byte);
+      }
+      for (; c < s.channels; c++) {
+        entries[n] = column << 16 | c;
+        n += x[c] != 0.0f;
+      }
     }
-    for (; c < s.channels; c++) {
-      to[n] = c;
-      n += x[c] != 0.0f;
-    }
-    counted = n;
-    x += s.channels;
-    to += s.channels;
-  }
+  events.starts[pixel] = n;
 }
 
 template <int V>
@@ -104,10 +111,10 @@ inline void store(const Floats (&sum)[V], float* out, int64_t number) {
 
 // Adds one pixel's spikes to the sums of N outputs side by side, of which the last is the newest.
 template <int V, int T, int N>
-inline void add(Floats (&sums)[T][V], const float* x, const uint16_t* channels, int number,
+inline void add(Floats (&sums)[T][V], const float* x, const uint32_t* entry, const uint32_t* end,
                 const float* w, int64_t across) {
-  for (int i = 0; i < number; i++) {
-    const int64_t c = channels[i];
+  for (; entry < end; entry++) {
+    const int64_t c = channel_of(*entry);
     const float z = x[c];
     const float* row = w + c * V * kLanes;
     for (int j = 0; j < N; j++)
@@ -116,11 +123,12 @@ inline void add(Floats (&sums)[T][V], const float* x, const uint16_t* channels, 
   }
 }
 
-// One image, one block of outputs. Along a row, the sums of the T outputs that the next pixel can
-// still reach are kept in registers; one is done when the last pixel under its kernel has gone by.
+// One image, one block of outputs: to a sum, by column of the kernel, by row, by channel. Along a
+// row, the sums of the T outputs that the next pixel can still reach are kept in registers; one is
+// done when the last pixel under its kernel has gone by.
 template <int V, int T>
-void by_events(const Shape& s, const float* x, const Events& events, const float* w, float* out,
-               int64_t number) {
+void gather(const Shape& s, const float* x, const Events& events, const float* w, float* out,
+            int64_t number) {
   const int64_t tap = s.channels * V * kLanes;
   for (int64_t y = 0; y < s.out_height; y++) {
     const int64_t above = y * s.down - s.top;
@@ -135,12 +143,13 @@ void by_events(const Shape& s, const float* x, const Events& events, const float
         for (int64_t i = first; i < last; i++) {
           const int64_t pixel = (above + i) * s.width + column;
           const float* from = x + pixel * s.channels;
-          const uint16_t* channels = events.channels.data() + pixel * s.channels;
+          const uint32_t* entry = events.entries.data() + events.starts[pixel];
+          const uint32_t* end = events.entries.data() + events.starts[pixel + 1];
           const float* row = w + (i * s.padded() + r) * tap;
           if (all)
-            add<V, T, T>(sums, from, channels, events.counts[pixel], row, s.right * tap);
+            add<V, T, T>(sums, from, entry, end, row, s.right * tap);
           else
-            add<V, T, T - 1>(sums, from, channels, events.counts[pixel], row, s.right * tap);
+            add<V, T, T - 1>(sums, from, entry, end, row, s.right * tap);
         }
       }
       if (q >= 0) store(sums[0], out + (y * s.out_width + q) * s.outputs, number);
@@ -151,15 +160,59 @@ void by_events(const Shape& s, const float* x, const Events& events, const float
   }
 }
 
+// The same at stride 1 across, by row of the kernel, by column, by channel: each spike of a row is
+// added to all sums that it reaches, in memory. With few channels a pixel has a spike or two, and
+// a loop over them would end in an unforeseen branch at nearly every pixel.
+template <int V, int T>
+void scatter(const Shape& s, const float* x, const Events& events, const float* w, float* out,
+             int64_t number) {
+  constexpr int64_t n = V * kLanes;
+  static thread_local std::vector<Cache> room;
+  const int64_t tap = s.channels * n, line = std::max(s.out_width + T - 1, s.wide + T - 1) * n;
+  room.assign((s.out_height * line + kCache - 1) / kCache, Cache{});
+  float* const sums = room[0].of;
+  for (int64_t y = 0; y < s.height; y++) {
+    const int64_t reach = y + s.top;  // the row of the kernel that is here: reach - down * output
+    const int64_t first = reach < s.rows ? 0 : (reach - s.rows) / s.down + 1;
+    const int64_t above = std::min(s.out_height - 1, reach / s.down) - first + 1;
+    const float* row = x + y * s.width * s.channels;
+    const float* kernel = w + (reach - first * s.down) * T * tap;
+    float* const base = sums + first * line + s.left * n;
+    const uint32_t* entry = events.entries.data() + events.starts[y * s.width];
+    const uint32_t* const end = events.entries.data() + events.starts[(y + 1) * s.width];
+    const auto add = [&](int64_t rows) __attribute__((always_inline)) {
+      for (; entry < end; entry++) {
+        const int64_t column = column_of(*entry), c = channel_of(*entry);
+        const float z = row[column * s.channels + c];
+        for (int64_t i = 0; i < rows; i++)
+          for (int j = 0; j < T; j++)
+            for (int v = 0; v < V; v++) {
+              Floats* sum = (Floats*)(base + i * line + (column + j) * n + v * kLanes);
+              const float* from = kernel + c * n + v * kLanes;
+              *sum += z * *(const Floats*)(from + ((T - 1 - j) - i * s.down * T) * tap);
+            }
+      }
+    };
+    above == 3 ? add(3) : add(above);
+  }
+  for (int64_t y = 0; y < s.out_height; y++)
+    for (int64_t q = 0; q < s.out_width; q++) {
+      const Floats(&sum)[V] = *(const Floats(*)[V])(sums + y * line + (q + T - 1) * n);
+      store(sum, out + (y * s.out_width + q) * s.outputs, number);
+    }
+}
+
 // P outputs side by side from all channels; `x` has the border of zeros to the left and right.
-template <int V, int P>
+template <int V, int P, bool ByRow>
 inline void densely_at(const Shape& s, const float* x, const float* w, int64_t y, int64_t q,
                        float* out, int64_t number) {
   const int64_t step = s.right * s.channels, above = y * s.down - s.top;
   const int64_t first = std::max<int64_t>(0, -above), last = std::min(s.rows, s.height - above);
   Floats sums[P][V] = {};
-  for (int64_t j = 0; j < s.columns; j++)
-    for (int64_t i = first; i < last; i++) {
+  const int64_t height = std::max<int64_t>(0, last - first), taps = height * s.columns;
+  for (int64_t tap = 0; tap < taps; tap++) {
+      const int64_t i = first + (ByRow ? tap / s.columns : tap % height);
+      const int64_t j = ByRow ? tap % s.columns : tap / height;
       const float* from = x + ((above + i) * s.wide + q * s.right + j) * s.channels;
       const float* row = w + (i * s.padded() + j) * s.channels * V * kLanes;
       for (int64_t c = 0; c < s.channels; c++, row += V * kLanes)
@@ -170,15 +223,15 @@ inline void densely_at(const Shape& s, const float* x, const float* w, int64_t y
   for (int p = 0; p < P; p++) store(sums[p], out + (q + p) * s.outputs, number);
 }
 
-template <int V, int P>
+template <int V, int P, bool ByRow>
 void densely(const Shape& s, const float* x, const float* w, float* out, int64_t number) {
   for (int64_t y = 0; y < s.out_height; y++, out += s.out_width * s.outputs) {
     int64_t q = 0;
     // One pixel alone keeps too few sums to hide how long an addition takes.
     for (; s.out_width - q >= P && s.out_width - q != P + 1; q += P)
-      densely_at<V, P>(s, x, w, y, q, out, number);
-    for (; s.out_width - q >= 2; q += 2) densely_at<V, 2>(s, x, w, y, q, out, number);
-    for (; q < s.out_width; q++) densely_at<V, 1>(s, x, w, y, q, out, number);
+      densely_at<V, P, ByRow>(s, x, w, y, q, out, number);
+    for (; s.out_width - q >= 2; q += 2) densely_at<V, 2, ByRow>(s, x, w, y, q, out, number);
+    for (; q < s.out_width; q++) densely_at<V, 1, ByRow>(s, x, w, y, q, out, number);
   }
 }
 
@@ -190,12 +243,13 @@ void pad(const Shape& s, const float* x, float* to) {
   }
 }
 
+// The narrow block is scattered where it can be, and the dense sums follow its order.
 using ByEvents = void (*)(const Shape&, const float*, const Events&, const float*, float*, int64_t);
 using Densely = void (*)(const Shape&, const float*, const float*, float*, int64_t);
 
 template <int V>
-ByEvents choose(int64_t taps) {
-  return taps == 1 ? by_events<V, 1> : taps == 2 ? by_events<V, 2> : by_events<V, 3>;
+ByEvents choose_gather(int64_t taps) {
+  return taps == 1 ? gather<V, 1> : taps == 2 ? gather<V, 2> : gather<V, 3>;
 }
 
 ffi::Error Convolve(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w, ffi::Buffer<ffi::F32> most,
@@ -205,11 +259,17 @@ ffi::Error Convolve(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w, ffi::Buffe
   const Shape s{in[1], in[2], in[3], to[1], to[2], to[3], kernel[1], columns, down, right, top, left,
                 kernel[2] / right, std::max(in[2] + left, (to[2] - 1) * right + columns)};
   const int64_t block = kernel[4], number = in[0];
-  if (s.taps < 1 || s.taps > 3 || (block != 2 * kLanes && block != 4 * kLanes))
+  if (s.taps < 1 || s.taps > 3 || (right == 1 && s.taps == 2) || (block != 2 * kLanes && block != 4 * kLanes))
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, "no such kernel");
-  const ByEvents run_by_events = block == 2 * kLanes ? choose<2>(s.taps) : choose<4>(s.taps);
-  const Densely run_densely = block == 2 * kLanes ? densely<2, 6> : densely<4, 3>;
+  const bool narrow = block == 2 * kLanes, scattered = narrow && right == 1;
+  const ByEvents by_events = scattered ? (s.taps == 1 ? scatter<2, 1> : scatter<2, 3>)
+                             : narrow  ? choose_gather<2>(s.taps)
+                                       : choose_gather<4>(s.taps);
+  const Densely densely_ = scattered ? densely<2, 6, true>
+                           : narrow  ? densely<2, 6, false>
+                                     : densely<4, 3, false>;
 
+  if (out->element_count() == 0) return ffi::Error::Success();
   // Kept from call to call, as fresh memory costs more than what is done with it.
   static thread_local std::vector<Events> events;
   static thread_local std::vector<float> padded;
@@ -236,9 +296,9 @@ ffi::Error Convolve(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w, ffi::Buffe
       float* result = out->typed_data() + n * s.out_height * s.out_width * s.outputs + first;
       const int64_t wanted = std::min(block, s.outputs - first);
       if (sparse[n])
-        run_by_events(s, image, events[n], weights, result, wanted);
+        by_events(s, image, events[n], weights, result, wanted);
       else
-        run_densely(s, bordered ? padded.data() + n * spread : image, weights, result, wanted);
+        densely_(s, bordered ? padded.data() + n * spread : image, weights, result, wanted);
     }
   return ffi::Error::Success();
 }

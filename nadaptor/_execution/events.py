@@ -24,7 +24,9 @@ MOST_SPIKES = 0.4
 # Outputs side by side whose sums stay in registers; the smaller block is for the narrowest layers.
 WIDE, NARROW = 32, 16
 # Into or from fewer channels, vectors would be half empty.
-LEAST_OUTPUTS, LEAST_INPUTS, MOST_INPUTS = 16, 8, 2**16 - 1
+LEAST_OUTPUTS, LEAST_INPUTS = 16, 8
+# An event is a column and a channel in 16 bits each.
+MOST = 2**16
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 Padding = Sequence[tuple[int, int]]
 
@@ -42,8 +44,8 @@ def is_fit(image: Any, kernel: Any, dims: Any) -> bool:
     return (
         window in ([1, 1], [3, 3])
         and outputs >= LEAST_OUTPUTS
-        and LEAST_INPUTS <= inputs <= MOST_INPUTS
-        and all(isinstance(size, int) for size in image.shape)
+        and inputs >= LEAST_INPUTS
+        and all(isinstance(size, int) and size <= MOST for size in image.shape)
     )
 
 
