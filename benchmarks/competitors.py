@@ -17,6 +17,7 @@ LAYOUTS = ("NHWC", "NCHW")
 OURS: Mapping[str, Mapping[str, Any]] = {
     "ours direct": {},
     "ours fast": {"fast_convolution": True},
+    "ours events": {"events": True},
     # The whole batch, step by step: what tiles and chunks are worth.
     "ours direct plain": {"tile_size": 10_000, "steps_per_chunk": 1},
 }

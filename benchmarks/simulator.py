@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.competitors import competitors, compile_simulator
+from benchmarks.competitors import OURS, competitors, compile_simulator
 from benchmarks.networks import Network, accuracy, load
 from benchmarks.timing import fastest, in_turn, median, ratio
 from nadaptor._files import write_csv, write_json
@@ -135,8 +135,9 @@ def ratios(seconds: Seconds, steps: int) -> dict[str, float]:
     passes = {"spikingjelly": 1, "limit": steps, "qcfs": 1}
     return {
         f"vs_{name}_{kind}": passes[name] * ratio(peer, seconds[f"ours {kind}"])
-        for kind in ("direct", "fast")
+        for kind in ("direct", "fast", "events")
         for name, peer in peers.items()
+        if f"ours {kind}" in seconds  # cells of an earlier day have no events
     }
 
 
@@ -148,7 +149,7 @@ def best_settings(rows: Sequence[Mapping[str, Any]], cell: Cell) -> set[str] | N
     heads = {name.removesuffix(" NHWC").removesuffix(" NCHW") for name in seconds}
     # "ours direct" is not to stand for "ours direct plain".
     return {fastest(seconds, head) for head in heads if "ours" not in head} | {
-        head for head in heads if "ours" in head and "plain" not in head
+        name for name in OURS if "plain" not in name
     }
 
 

@@ -19,10 +19,11 @@ from jax.interpreters import ad, batching, mlir
 
 from nadaptor._execution.kernel import load_kernel
 
-# Up to which share of an image's values spikes pay, measured with jax 0.10 on AVX2.
-MOST_SPIKES = 0.4
 # Outputs side by side whose sums stay in registers; the smaller block is for the narrowest layers.
 WIDE, NARROW = 32, 16
+# Up to which share of an image's values spikes pay, by block, measured with jax 0.10 on AVX2: the
+# sums of narrow layers lie in memory.
+MOST_SPIKES = {NARROW: 0.25, WIDE: 0.4}
 # Into or from fewer channels, vectors would be half empty.
 LEAST_OUTPUTS, LEAST_INPUTS = 16, 8
 # An event is a column and a channel in 16 bits each.
@@ -69,8 +70,9 @@ def convolve_events(
     (down, right), ((top, bottom), (left, after)) = strides, padding
     conv = _Conv((down, right), ((top, bottom), (left, after)))
     # A weight that is not finite makes NaN of a zero, which is then no event to be left out.
-    most = jnp.where(jnp.isfinite(w).all(), MOST_SPIKES, -1.0).astype(jnp.float32)
-    return event_convolution.bind(x, w, _in_blocks(w, right), most, conv=conv)
+    blocks = _in_blocks(w, right)
+    most = jnp.where(jnp.isfinite(w).all(), MOST_SPIKES[blocks.shape[-1]], -1.0)
+    return event_convolution.bind(x, w, blocks, most.astype(jnp.float32), conv=conv)
 
 
 def _in_blocks(w: jax.Array, stride: int) -> jax.Array:
