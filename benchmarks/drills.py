@@ -162,7 +162,7 @@ def write_table(path: Path, record: Record) -> None:
             lines.append(_damage_line(name, [r for r in record.of(kind) if r["what"] == name]))
     before, rest = path.read_text().split(START)
     after = rest.split(END)[1]
-    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in record.rows))
+    commits = " and ".join(dict.fromkeys(str(row["commit"]) for row in record.rows))
     seen = f"Seen on {_day_and_machine()}, commit {commits}."
     path.write_text(f"{before}{START}\n" + "\n".join(lines) + f"\n\n{seen}\n\n{END}{after}")
 
