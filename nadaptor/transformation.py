@@ -281,11 +281,9 @@ def spiking(
         fast_convolution: whether 3x3 convolutions of spikes at stride 1, between 32 channels or
             more and 8 pixels or larger, go through Winograd's F(4x4, 3x3) or F(4, 3). It is faster
             on a CPU, and less exact: a few spikes may flip.
-        events: whether 3x3 and 1x1 convolutions of spikes, in float32, of one group and from 8
-            channels or more into 16 or more, multiply the spikes alone, by a C++ kernel that the
-            system's compiler makes at its first use. It is faster on a CPU the fewer spikes there
-            are, and adds in another order: a few spikes may flip. Where it cannot be, a warning
-            says why, and the network stays as it is. Gradients go through dense convolutions.
+        events: whether 3x3 and 1x1 convolutions of spikes in float32 multiply spikes alone, by a
+            C++ kernel made at its first use: on a CPU faster the fewer they are; a few may flip.
+            A warning says why where none can. Gradients go densely.
 
     Returns:
         The network: `prepare`, `init`, `step` and the list of its `layers`.
@@ -298,7 +296,7 @@ def spiking(
             that no spike reaches, random numbers drawn outside a quantizer, a quantizer inside a
             `while`, `cond`, `shard_map` or `pmap`, no quantizer at all, or with sum coding a neuron
             made for rates, arguments that vary over time or more levels than float32 counts. Or
-            `fast_convolution` and `events` are both set.
+            both of the last two options are set.
 
     Example:
         >>> import nadaptor

@@ -26,6 +26,8 @@ WIDE, NARROW = 32, 16
 MOST_SPIKES = {NARROW: 0.25, WIDE: 0.4}
 # Into or from fewer channels, vectors would be half empty.
 LEAST_OUTPUTS, LEAST_INPUTS = 16, 8
+# A block of weights that leaves the second-level cache is read anew for every few pixels.
+MOST_WEIGHTS = 2**17
 # An event is a column and a channel in 16 bits each.
 MOST = 2**16
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -46,6 +48,7 @@ def is_fit(image: Any, kernel: Any, dims: Any) -> bool:
         window in ([1, 1], [3, 3])
         and outputs >= LEAST_OUTPUTS
         and inputs >= LEAST_INPUTS
+        and WIDE * inputs * window[0] * window[1] <= MOST_WEIGHTS
         and all(isinstance(size, int) and size <= MOST for size in image.shape)
     )
 

@@ -192,6 +192,14 @@ def test_other_types_stay_dense_and_say_so():
     assert convolutions(net) == []
 
 
+@pytest.mark.parametrize(("inputs", "fit"), [(7, False), (8, True), (455, True), (456, False)])
+def test_channels_are_enough_for_a_vector_and_few_enough_for_the_cache(inputs, fit):
+    dims = jax.lax.conv_dimension_numbers((1, 4, 4, inputs), (3, 3, inputs, 16), NHWC)
+    image = jax.ShapeDtypeStruct((1, 4, 4, inputs), jnp.float32)
+    weights = jax.ShapeDtypeStruct((3, 3, inputs, 16), jnp.float32)
+    assert events.is_fit(image, weights, dims) is fit
+
+
 @pytest.mark.parametrize(
     "reason", ["no C++ compiler is there: install one, or name it in CXX", "c++ made no kernel: no"]
 )
