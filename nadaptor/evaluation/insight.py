@@ -184,7 +184,7 @@ def _pictures(measured: Mapping[str, Any], found: Insight) -> dict[str, tuple[st
         measured["ann_deterministic"],
     )
     layers, spent, images = found.layers, found.spent, found.images
-    curve = Curve(name, accuracy, [0.0] * len(accuracy))
+    curve = Curve(name, accuracy)
     run = pictures.Run(name, accuracy, spent.total.energy / images)
     drawn = {
         "accuracy_over_time": (

@@ -187,7 +187,7 @@ def write_accuracy(report: Mapping[str, Any], name: str, out: Path) -> None:
     rows = [{"t": t, "accuracy": a} for t, a in enumerate(accuracy, start=1)]
     write_csv(out / "accuracy.csv", rows)
     write_json(out / "report.json", report)
-    curve = Curve(name, accuracy, [0.0] * len(accuracy))
+    curve = Curve(name, accuracy)
     plot_accuracy([curve], f"{report['split']} accuracy, %", out / "accuracy.png")
     print(f"written: {out}")
 

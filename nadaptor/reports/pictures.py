@@ -92,11 +92,14 @@ def raster(spikes: np.ndarray, potentials: np.ndarray | None = None, threshold: 
     """Draws spikes of some neurons over time, and the potentials of up to three of them.
 
     Args:
-        spikes: [T, neurons], 1, 0 or -1.
-        potentials: [T, neurons] after each step, in units of the scale; None for none.
-        threshold: in the same units, a dashed line.
+        spikes: [T, ...], 1, 0 or -1; of images choose some, as in `spikes[:, 0]`.
+        potentials: [T, ...] after each step, in units of the scale; None for none.
+        threshold: in the same units, a dashed line: p for a quantizer of p levels.
     """
-    steps, neurons = spikes.shape
+    steps = len(spikes)
+    spikes = np.reshape(spikes, (steps, -1))
+    neurons = spikes.shape[1]
+    potentials = None if potentials is None else np.reshape(potentials, (steps, -1))
     figure = new_figure(6, 2.6 if potentials is None else 4.6)
     rows = figure.subplots(1 if potentials is None else 2, sharex=True, squeeze=False)[:, 0]
     t = np.arange(1, steps + 1)

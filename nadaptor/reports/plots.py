@@ -11,11 +11,11 @@ from nadaptor._files import write_bytes
 
 
 class Curve(NamedTuple):
-    """One line of the plot."""
+    """One line of a plot of accuracy over time steps: `Curve("mine", [0.5, 0.75])`."""
 
     label: str
-    mean: Sequence[float]  # accuracy at t = 1 to T, fractions
-    std: Sequence[float]  # over seeds; zeros for one
+    mean: Sequence[float]  # accuracy at t = 1 to T, fractions of 1
+    std: Sequence[float] = ()  # over seeds; empty for one
     spent: int = 0  # steps that a correction took before t = 1
 
 
@@ -84,7 +84,7 @@ def draw_curves(axes: Any, curves: Sequence[Curve], total: bool = False) -> None
     last = 1
     for curve in curves:
         steps = np.arange(1, len(curve.mean) + 1) + (curve.spent if total else 0)
-        mean, std = 100 * np.asarray(curve.mean), 100 * np.asarray(curve.std)
+        mean, std = 100 * np.asarray(curve.mean), 100 * np.asarray(curve.std or 0.0)
         axes.plot(steps, mean, marker=".", label=curve.label)
         if std.any():
             axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
