@@ -5,12 +5,15 @@ import pytest
 
 # Before jax is first imported: pmap and shard_map are tested on virtual devices.
 FLAG = "--xla_force_host_platform_device_count"
-if FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the tests' time is compilation, three quarters of which LLVM's optimizations take; XLA's
-# own passes, which reorder sums and fuse, stay on.
+# own passes, which reorder sums and fuse, stay on. What trains or simulates for longer than it
+# compiles asks for LLVM's first level, by the fixture `optimized`.
+LEVEL = "--xla_backend_optimization_level"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+for flag, value in ((FLAG, 8), (LEVEL, 1)):
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What tests compile is kept for the next run, beside this file: most of their time is compilation.
 CACHE = pathlib.Path(__file__).parent / ".cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))

@@ -199,7 +199,8 @@ def device() -> str:
 def _write(
     rows: list[dict[str, Any]], out: Path, options: Options, facts: Mapping[str, Any]
 ) -> None:
-    name = "training_processor_time" if options.processor_time else "training"
+    name = "training_quick" if options.quick else "training"
+    name = f"{name}_processor_time" if options.processor_time else name
     made_on = {"machine": device(), "jax": jax.__version__, **facts}
     write_csv(out / f"{name}.csv", [{"machine": device(), **row} for row in rows])
     write_json(out / f"{name}.json", {**made_on, "rows": rows})

@@ -22,7 +22,7 @@ from tests.graphs import (
     quantized,
 )
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.reuses_keys]
+pytestmark = pytest.mark.reuses_keys
 X = st.composite(inputs)()
 OPTIONS = st.fixed_dictionaries(
     {},

@@ -196,7 +196,7 @@ NETWORKS = {
 
 def published(name):
     model = create(name, num_classes=CLASSES, **NETWORKS[name])
-    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    x = jax.random.normal(jax.random.key(0), (2, 64, 64, 3))
     variables = jax.jit(model.init)(jax.random.key(1), x)
     # Moments of the batch, as after training: with zeros and ones deep layers would be silent.
     train_mode = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))

@@ -181,6 +181,16 @@ def load_card(path: Path, kind: Kind) -> dict[str, Any]:
     return card
 
 
+def leaf_name(path: Any) -> str:
+    """Returns the name of a leaf at a path of JAX, as cards have it.
+
+    Example:
+        >>> [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path({"fc": [0]})]
+        ['fc/0']
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def digests(arrays: Any) -> dict[str, str]:
     """Returns a SHA-256 digest for each leaf, over its dtype, shape and bytes.
 
@@ -189,7 +199,7 @@ def digests(arrays: Any) -> dict[str, str]:
         ['fc/bias']
     """
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _digest(np.asarray(leaf))
+        leaf_name(path): _digest(np.asarray(leaf))
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
     }
 
@@ -202,7 +212,7 @@ def shapes(arrays: Any) -> dict[str, list[Any]]:
         {'fc/bias': ['float32', 2]}
     """
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [str(leaf.dtype), *leaf.shape]
+        leaf_name(path): [str(leaf.dtype), *leaf.shape]
         for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)
     }
 
@@ -218,7 +228,7 @@ def first_not_finite(arrays: Any) -> str | None:
         # NumPy knows no bfloat16: such a leaf is widened.
         leaf = np.asarray(leaf, np.float64) if leaf.dtype.kind == "V" else leaf
         if not np.isfinite(leaf).all():
-            return jax.tree_util.keystr(path, simple=True, separator="/")
+            return leaf_name(path)
     return None
 
 
@@ -234,10 +244,7 @@ def check_stored(stored: Any, wanted: Mapping[str, list[Any]] | None, files: Pat
         ValueError: a leaf is missing, of another shape or dtype, or stored in pieces larger than
             itself; or of an old card, all together are far larger than their files.
     """
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(stored)
-    }
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
     found = {name: [str(leaf.dtype), *leaf.shape] for name, leaf in leaves.items()}
     if wanted is not None and found != {k: list(v) for k, v in wanted.items()}:
         names = [k for k in sorted(found.keys() | wanted) if found.get(k) != wanted.get(k)]

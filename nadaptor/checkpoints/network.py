@@ -22,7 +22,7 @@ from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp
 from nadaptor._checks import check_data_argnum
 from nadaptor._files.card import DamagedError, brief, fields_of
 from nadaptor.calibration import Calibration
-from nadaptor.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from nadaptor.checkpoints.checkpoint import leaf_name, load_checkpoint, save_checkpoint
 from nadaptor.neurons import Coding, Neuron, rectangle, triangle
 from nadaptor.simulation import Correction
 from nadaptor.transformation import Nonaffine, SpikingNetwork
@@ -155,7 +155,7 @@ def load_network(
     data = settings.argument
     if not 0 <= data < len(args):
         raise ValueError(f"{path} is of a function whose argument {data} is the data: pass it, too")
-    stored = {_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(arrays)}
+    stored = {leaf_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(arrays)}
     parts = {name: stored.pop(name) for name in list(stored) if name.startswith(_CALIBRATION)}
     filled = _fill(path, args, data, stored, settings.keys)
     _check_own(path, own, neuron)
@@ -179,13 +179,9 @@ def load_network(
     return found
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _named(args: tuple[Any, ...], data: int) -> dict[str, Any]:
     """The arrays of all arguments but the data: "0/conv/kernel"."""
-    others = [(_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(args)]
+    others = [(leaf_name(p), x) for p, x in jax.tree_util.tree_leaves_with_path(args)]
     others = [(name, x) for name, x in others if name.split("/")[0] != str(data)]
     named = dict(others)
     if len(named) != len(others):
@@ -260,7 +256,7 @@ def _fill(
         )
 
     def put(key_path: Any, leaf: Any) -> Any:
-        name = _name(key_path)
+        name = leaf_name(key_path)
         if name not in stored:
             return leaf
         array = jax.numpy.asarray(stored[name])

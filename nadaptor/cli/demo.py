@@ -1,11 +1,12 @@
 """`nadaptor demo`: the digits ResNet with and without the noise adaptor, in one table."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from nadaptor.cli.command import program, read_words, spread_over_cores
 from nadaptor.parallel import NumDevices
-from nadaptor.studies.demo import demo
+from nadaptor.studies.demo import STUDY, run_demo
 from nadaptor.training.options import Options
 
 
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the words after the command.
 
     Raises:
-        ValueError: as `demo`.
+        ValueError: as `run_demo`.
     """
     read_words(demo_command, prog=program("demo"), args=list(arguments))
 
@@ -38,4 +39,6 @@ def demo_command(
         num_devices: Devices to train on; by default all accelerators, or as many CPU devices, one
             per core, as divide the batch.
     """
-    demo(seeds, workdir, out, Options(num_devices=spread_over_cores(num_devices)))
+    options = Options(num_devices=spread_over_cores(num_devices))
+    study = dataclasses.replace(STUDY, seeds=seeds)
+    run_demo(study, workdir, out or workdir / "results", options)

@@ -80,7 +80,7 @@ def check_conversion(
     Source: Noise Adaptor, section 3; Bu et al., QCFS, 2022, for T = 1; You et al., SpikeZIP, 2024,
     for sums.
     """
-    continuous, before, _ = _variants(model, folded)
+    continuous, before, one_level = _variants(model, folded)
     clipped = _logits(continuous, _rescaled(folded_variables, levels, "threshold"), images)
     unfolded = _logits(before, _rescaled(variables, levels, "threshold"), images)
     quantized = [_logits(model, variables, images), _logits(folded, folded_variables, images)]
@@ -88,8 +88,12 @@ def check_conversion(
     short, _ = run(images, num_steps=SHORT)
     half = len(images) // 2
     parts = [run(x, num_steps=SHORT)[0] for x in (images[:half], images[half : 2 * half])]
-    measure = _checks_of_sums if spikes.coding == "sum" else _checks_of_rates
-    long, own = measure(model, folded, spikes, folded_variables, levels, images, quantized[1])
+    network = folded, spikes, folded_variables, images
+    if spikes.coding == "sum":
+        long, own = _checks_of_sums(*network, levels, quantized[1])
+    else:
+        binary = _logits(one_level, _rescaled(folded_variables, levels, "quant_scale"), images)
+        long, own = _checks_of_rates(*network, binary)
     named = {
         "folding, largest difference of the clipped network's logits, relative": (
             jnp.abs(unfolded - clipped).max() / jnp.abs(clipped).max(),
@@ -113,17 +117,13 @@ def check_conversion(
 
 
 def _checks_of_rates(
-    model: nn.Module,
     folded: nn.Module,
     spikes: Spikes,
     variables: Mapping[str, Any],
-    levels: int,
     images: jax.Array,
-    quantized: jax.Array,
+    binary: jax.Array,
 ) -> tuple[jax.Array, Measured]:
     """The outputs of a long run, and what holds of rates alone."""
-    one_level = _variants(model, folded)[2]
-    binary = _logits(one_level, _rescaled(variables, levels, "quant_scale"), images)
     long, _ = _outputs(folded, spikes, variables, images, num_steps=LONG)
     return long, {
         "T = 1 against the network with one level, relative distance": (
@@ -138,12 +138,11 @@ def _checks_of_rates(
 
 
 def _checks_of_sums(
-    model: nn.Module,
     folded: nn.Module,
     spikes: Spikes,
     variables: Mapping[str, Any],
-    levels: int,
     images: jax.Array,
+    levels: int,
     quantized: jax.Array,
 ) -> tuple[jax.Array, Measured]:
     """The outputs of a run until all is silent, and what holds of sums alone."""

@@ -3,7 +3,6 @@
 It is a study of two methods at one p, on test images, with a table of its own.
 """
 
-import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -25,40 +24,22 @@ STUDY = Study(
 )
 
 
-def demo(
-    seeds: int = 3,
-    workdir: Path = Path("runs/demo"),
-    out: Path | None = None,
-    options: Options = DEFAULT,
-) -> None:
+def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT) -> None:
     """Trains, converts and simulates the digits ResNet with and without the noise adaptor.
 
     Prints one table of test accuracies, and saves it with the plot over all time steps.
 
     Args:
-        seeds: Number of seeds, at least 2.
-        workdir: Folder of the runs. What is there from an earlier demo is not trained again.
-        out: Folder for table.csv, report.json and accuracy.png; by default "results" in workdir.
-        options: Where to read and run.
+        study: `STUDY`, or one with other sizes; its methods are those of `ROWS`.
+        workdir: folder of the runs; what is there from an earlier demo is not trained again.
+        out: folder for table.csv, report.json and accuracy.png.
+        options: where to read and run.
 
     Raises:
         ValueError: there are fewer than 2 seeds.
     """
-    if seeds < 2:
-        raise ValueError(f"seeds must be at least 2, for a standard deviation, not {seeds!r}")
-    study = dataclasses.replace(STUDY, seeds=seeds)
-    run_demo(study, workdir, out or workdir / "results", options)
-
-
-def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT) -> None:
-    """Runs the demo's study and writes its table, report and plot; see `demo`.
-
-    Args:
-        study: `STUDY`, or one with other sizes; its methods are those of `ROWS`.
-        workdir: folder of the runs.
-        out: folder for the files.
-        options: where to read and run.
-    """
+    if study.seeds < 2:
+        raise ValueError(f"seeds must be at least 2, for a standard deviation, not {study.seeds!r}")
     check_place(out)
     started = time.perf_counter()
     reports: dict[str, list[Mapping[str, Any]]] = {row: [] for row in ROWS.values()}

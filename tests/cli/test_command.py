@@ -20,6 +20,8 @@ from nadaptor.models.registry import MODELS
 from nadaptor.studies import demo
 from nadaptor.studies import study as grid
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -379,7 +381,7 @@ def test_the_demo_makes_its_table_and_files(tmp_path, capsys, monkeypatch):
 
 def test_the_demo_needs_seeds_for_a_deviation(tmp_path):
     with pytest.raises(ValueError, match="seeds must be at least 2"):
-        demo.demo(seeds=1, workdir=tmp_path)
+        demo.run_demo(dataclasses.replace(demo.STUDY, seeds=1), tmp_path, tmp_path / "results")
 
 
 @pytest.mark.parametrize("users", [None, "/the/users/own"])

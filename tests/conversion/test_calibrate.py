@@ -31,6 +31,8 @@ from nadaptor.models import ClippedRelu, create, fold_batch_norm, is_scale
 from nadaptor.training import load_snn, simulate_checkpoint
 from nadaptor.training.finetuning import digits_na_finetuned, fine_tune
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def source(runs):

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.calibrated_resnet20 import load_images, load_network, measure
 from nadaptor.conversion.calibrate import CalibrationOptions, calibrate_model
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 DATA_DIR = os.environ.get("NADAPTOR_DATA_DIR")
 WEIGHTS = "weights/resnet20-12fca82f.th"
 

@@ -18,6 +18,8 @@ from nadaptor.evaluation.accuracy import ann_accuracy, exit_accuracy, snn_accura
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.training import load_snn, simulate_checkpoint, write_report
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture(scope="module")
 def snn(runs):

@@ -10,7 +10,6 @@ import nadaptor
 from nadaptor.interop.nir import from_nir, read_nir, to_nir, write_nir
 
 nir = pytest.importorskip("nir")
-pytestmark = pytest.mark.usefixtures("quick")
 T = 8
 
 

@@ -14,6 +14,8 @@ from nadaptor.data.loader import load_images
 from nadaptor.data.registry import open_split
 from nadaptor.training import CONFIGS, get_config, load_snn
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 THRESHOLD = 1.5
 METHODS = {
     "lsq": lambda v: nadaptor.lsq(v, THRESHOLD / 4, 4),

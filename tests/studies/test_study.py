@@ -29,6 +29,8 @@ from nadaptor.studies.table import write_study
 from nadaptor.training import load_snn, options
 from nadaptor.training.options import Options
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 STUDY = Study(
     methods=("lsq",),
     levels=(2,),

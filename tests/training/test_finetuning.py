@@ -19,7 +19,7 @@ from nadaptor.parallel import choose_devices, place_step
 from nadaptor.training import load_snn
 from nadaptor.training.finetuning import _update, digits_na_finetuned, fine_tune, time_loss
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.training import RunError, run, train
 from nadaptor.training.options import DEFAULT, Options
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture
 def with_parent(runs, tmp_path):

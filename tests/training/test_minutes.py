@@ -13,6 +13,8 @@ from nadaptor.errors import OutOfTimeError
 from nadaptor.training import options, train
 from nadaptor.training.options import Deadline, Options
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 @pytest.fixture
 def clock(monkeypatch):

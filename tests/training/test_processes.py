@@ -12,6 +12,8 @@ import pytest
 
 from nadaptor.checkpoints.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import dataclasses, sys

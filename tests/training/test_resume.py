@@ -22,6 +22,8 @@ from nadaptor.configs.config import replace
 from nadaptor.training import RunError, loop, train
 from nadaptor.training.options import DEFAULT
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ROOT = Path(__file__).parents[2]
 
 
