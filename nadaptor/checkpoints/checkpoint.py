@@ -27,7 +27,11 @@ from nadaptor.checkpoints.storage import cause_of, hushed
 from nadaptor.errors import PassingError, RunError
 
 Kind = Literal["ann", "snn", "network"]
-_MADE_BY: Mapping[str, str] = {"ann": "train.py", "snn": "convert.py", "network": "save_network"}
+_MADE_BY: Mapping[str, str] = {
+    "ann": "nadaptor train",
+    "snn": "nadaptor convert",
+    "network": "save_network",
+}
 # After so many bytes another file is begun, and no array is in larger pieces: so no file is above
 # twice as many, 16 MiB, and a checkpoint can be carried in parts.
 FILE_BYTES = 8 * 2**20

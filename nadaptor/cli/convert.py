@@ -103,14 +103,14 @@ def convert_command(
     --init-from a file of weights takes the place of the checkpoint.
 
     Args:
-        checkpoint: The folder that train.py printed; with --init-from a config's name.
+        checkpoint: The folder that nadaptor train printed; with --init-from a config's name.
         measured: How to measure thresholds.
         quantize: Levels p to quantize a full-precision network with, its scales where p levels
             represent training images best.
         init_from: File of torch-layout weights; the config gives network, data set and split.
         changes: Fields of the config to change.
-        coding: How spikes carry a number, kept for simulate.py: by their rate, or by their sum,
-            which ends exactly at the quantized network.
+        coding: How spikes carry a number, kept for nadaptor simulate: by their rate, or by their
+            sum, which ends exactly at the quantized network.
         nonaffine: What to do where an operation on rates is not affine, as a max-pool: refuse it,
             or let it act on running means.
         num_images: Validation images to check on (32); with --calibrate and --quantize, training

@@ -39,10 +39,10 @@ def export_command(
     """Writes a spiking network as one file, from images to outputs at every time step.
 
     Args:
-        checkpoint: The folder that convert.py printed.
+        checkpoint: The folder that nadaptor convert printed.
         form: What to write: the whole simulation as an artefact of jax.export for CPU, GPU and TPU,
-            which simulate.py reads; the same as an ONNX model; or weights, biases and thresholds by
-            name as safetensors.
+            which nadaptor simulate reads; the same as an ONNX model; or weights, biases and
+            thresholds by name as safetensors.
         num_steps: T, time steps in the artefact or model (32).
         coding: How spikes carry a number; by default as the network was converted.
         correction: How to counter occasional noise at inference.

@@ -36,7 +36,7 @@ def finetune_command(
     """Trains the folded weights and thresholds on what the network does in its first T steps.
 
     Args:
-        checkpoint: The folder that convert.py printed.
+        checkpoint: The folder that nadaptor convert printed.
         tuning: The run.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         out: Folder to make; by default "snn-finetuned" beside the checkpoint.

@@ -80,8 +80,8 @@ def simulate_command(
     """Prints accuracy at every time step, spikes and early exit; saves CSV, JSON and a plot.
 
     Args:
-        checkpoint: The folder that convert.py printed, or an artefact of nadaptor export, which has
-            its own T, coding and correction.
+        checkpoint: The folder that nadaptor convert printed, or an artefact of nadaptor export,
+            which has its own T, coding and correction.
         mode: Run neurons, or (ann) the quantizers in their place: what that lacks to the trained
             network is lost by the conversion, and not by the dynamics.
         num_steps: T, time steps (32).

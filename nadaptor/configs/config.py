@@ -77,10 +77,15 @@ class Config:
     epochs: int
     # Weights that a finished run hands on: the last, or the best on the validation images.
     select: Select
+    # Which images.
     data: DataConfig
+    # Which network.
     network: NetworkConfig
+    # Its activations.
     quantizer: QuantizerConfig
+    # How its parameters are changed.
     optimizer: OptimizerConfig
+    # What is done to a batch, and how it is computed.
     step: StepConfig
 
 

@@ -15,7 +15,7 @@ from nadaptor.models.config import NetworkConfig
 def digits_relu() -> Config:
     """Full-precision 20-layer ResNet on 8x8 digits: where the quantized ones start from.
 
-    `python train.py digits_relu`
+    `nadaptor train digits_relu`
     """
     return make_config(
         name="digits_relu",
@@ -59,7 +59,7 @@ def digits_lsq() -> Config:
 
     The learning rate is the paper's; on validation images 0.1 was better than 0.05 at every T.
 
-    `python train.py digits_lsq`
+    `nadaptor train digits_lsq`
     """
     return replace(
         digits_relu(),
@@ -74,7 +74,7 @@ def digits_lsq() -> Config:
 def digits_na() -> Config:
     """The digits ResNet with p = 2 quantized activations and the noise adaptor.
 
-    `python train.py digits_na`
+    `nadaptor train digits_na`
     """
     return replace(digits_lsq(), name="digits_na", activation="noise_adaptor")
 
@@ -82,7 +82,7 @@ def digits_na() -> Config:
 def digits_clipped_relu() -> Config:
     """The digits ResNet with clipped ReLUs, whose thresholds are learned (TCL).
 
-    `python train.py digits_clipped_relu`
+    `nadaptor train digits_clipped_relu`
     """
     return replace(digits_lsq(), name="digits_clipped_relu", activation="clipped_relu")
 
@@ -92,7 +92,7 @@ def digits_qcfs() -> Config:
 
     Thresholds start at 4, and not at the authors' 8, at which one level leaves it all silent.
 
-    `python train.py digits_qcfs`
+    `nadaptor train digits_qcfs`
     """
     return replace(digits_lsq(), name="digits_qcfs", activation="qcfs", levels=4)
 
@@ -100,7 +100,7 @@ def digits_qcfs() -> Config:
 def digits_slip_relu() -> Config:
     """The digits ResNet with SlipReLU activations of 4 levels, thresholds as in digits_qcfs.
 
-    `python train.py digits_slip_relu`
+    `nadaptor train digits_slip_relu`
     """
     return replace(digits_qcfs(), name="digits_slip_relu", activation="slip_relu")
 
@@ -108,7 +108,7 @@ def digits_slip_relu() -> Config:
 def digits_ttrbr() -> Config:
     """The digits ResNet with 32 levels and tuned thresholds, an approximation of TTRBR.
 
-    `python train.py digits_ttrbr`
+    `nadaptor train digits_ttrbr`
     """
     return replace(digits_lsq(), name="digits_ttrbr", activation="ttrbr", levels=32)
 

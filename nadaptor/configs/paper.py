@@ -2,7 +2,7 @@
 
 None of them has been run by this project: no accelerator was at hand for as long as they take. The
 paper's numbers stand beside each command as what it is to be compared with. Times are unknown;
-`python train.py NAME --dry-run` measures a step on the machine at hand and says what the run takes.
+`nadaptor train NAME --dry-run` measures a step on the machine at hand and says what the run takes.
 
 From the paper: networks, p, epochs, SGD with a cosine from 0.1, weight decay 5e-4 (CIFAR-10) and
 2.5e-5 (ImageNet), the start from pre-trained networks. Our choice, where it is silent: momentum 0.9
@@ -30,7 +30,7 @@ def cifar10_resnet18() -> Config:
 
     Stands for the pre-trained network of Table 1. Not run on any accelerator; time unknown.
 
-    `python train.py cifar10_resnet18`
+    `nadaptor train cifar10_resnet18`
     """
     return make_config(
         name="cifar10_resnet18",
@@ -72,10 +72,10 @@ def cifar10_resnet18() -> Config:
 def cifar10_resnet20() -> Config:
     """Full-precision ResNet-20 on CIFAR-10 with ImageNet's mean, as published weights have it.
 
-    `python train.py cifar10_resnet20 --init-from FILE --evaluate-only` measures such weights. Not
+    `nadaptor train cifar10_resnet20 --init-from FILE --evaluate-only` measures such weights. Not
     in the paper; training not run on any accelerator; time unknown.
 
-    `python train.py cifar10_resnet20`
+    `nadaptor train cifar10_resnet20`
     """
     return replace(
         cifar10_resnet18(),
@@ -97,10 +97,10 @@ def _published(depth: int) -> Maker:
     make.__name__ = make.__qualname__ = f"cifar10_resnet{depth}"
     make.__doc__ = f"""Full-precision ResNet-{depth} on CIFAR-10, otherwise as cifar10_resnet20.
 
-    `python train.py cifar10_resnet{depth} --init-from FILE --evaluate-only` measures published
+    `nadaptor train cifar10_resnet{depth} --init-from FILE --evaluate-only` measures published
     weights. Not in the paper; training not run on any accelerator; time unknown.
 
-    `python train.py cifar10_resnet{depth}`
+    `nadaptor train cifar10_resnet{depth}`
     """
     return make
 
@@ -111,7 +111,7 @@ def cifar10_resnet20_na() -> Config:
     Not in the paper: to run on a CPU, from published weights. So short a run needs a start of the
     scales that loses little, a warm-up, and scales that move, without LSQ's factor: RESULTS.md.
 
-    `python train.py cifar10_resnet20_na --init-from FILE`
+    `nadaptor train cifar10_resnet20_na --init-from FILE`
     """
     return replace(
         cifar10_resnet20(),
@@ -132,7 +132,7 @@ def cifar10_resnet20_na() -> Config:
 def cifar10_resnet20_lsq() -> Config:
     """The same as cifar10_resnet20_na, without the noise adaptor.
 
-    `python train.py cifar10_resnet20_lsq --init-from FILE`
+    `nadaptor train cifar10_resnet20_lsq --init-from FILE`
     """
     return replace(cifar10_resnet20_na(), name="cifar10_resnet20_lsq", activation="lsq")
 
@@ -142,7 +142,7 @@ def imagenet_resnet50() -> Config:
 
     Stands for the pre-trained network of Table 1. Not run on any accelerator; time unknown.
 
-    `python train.py imagenet_resnet50`
+    `nadaptor train imagenet_resnet50`
     """
     return replace(
         cifar10_resnet18(),
@@ -163,7 +163,7 @@ def folder_resnet50_na() -> Config:
 
     Not in the paper: a few images a step, to try the whole path on a CPU.
 
-    `python train.py folder_resnet50_na --data-dir DIR`, DIR with `train/CLASS` and `val/CLASS`
+    `nadaptor train folder_resnet50_na --data-dir DIR`, DIR with `train/CLASS` and `val/CLASS`
     """
     return replace(
         imagenet_resnet50(),
@@ -189,7 +189,7 @@ def _full_precision(model: str, table: int) -> Maker:
 
     Stands for the pre-trained network of Table {table}. Not run on any accelerator; time unknown.
 
-    `python train.py imagenet_{model}`
+    `nadaptor train imagenet_{model}`
     """
     return make
 
@@ -215,7 +215,7 @@ def _maker(row: Row, base: Maker, weight_decay: float) -> Maker:
 
     The paper, in %: {row.result}. Not run on any accelerator; time unknown.
 
-    `python train.py {row.name}`
+    `nadaptor train {row.name}`
     """
     return make
 

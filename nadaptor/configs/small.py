@@ -16,7 +16,7 @@ def cifar10_8px() -> Config:
 
     Its training set is small, and neither cropped nor flipped, for it to be fitted soon.
 
-    `python train.py cifar10_8px`
+    `nadaptor train cifar10_8px`
     """
     return replace(
         cifar10_resnet20(),
@@ -40,7 +40,7 @@ def cifar10_8px_lsq() -> Config:
     Scales start where the first batch is represented best, and LSQ's factor is on their gradients,
     as in the paper.
 
-    `python train.py cifar10_8px_lsq`
+    `nadaptor train cifar10_8px_lsq`
     """
     return replace(
         cifar10_8px(),
@@ -56,7 +56,7 @@ def cifar10_8px_lsq() -> Config:
 def cifar10_8px_na() -> Config:
     """The same network with p = 2 quantized activations and the noise adaptor.
 
-    `python train.py cifar10_8px_na`
+    `nadaptor train cifar10_8px_na`
     """
     return replace(cifar10_8px_lsq(), name="cifar10_8px_na", activation="noise_adaptor")
 

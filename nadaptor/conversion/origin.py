@@ -59,6 +59,8 @@ def open_origin(source: Path | Weights, data_dir: Path | None = None) -> Origin:
     model = build_model(plain, num_classes=images.spec.num_classes)
     one = jax.ShapeDtypeStruct((1, *images.spec.image_shape), jnp.float32)
     variables = load_pretrained(file, jax.eval_shape(model.init, jax.random.key(0), one))
+    if getattr(model, "pool", None) == "mean" and getattr(model, "stem", "imagenet") != "cifar":
+        print("a mean is in the place of each max-pool; --pool max keeps them as published")
     return Origin(str(file), variables, config, file_identity(file), describe(images))
 
 

@@ -87,8 +87,11 @@ def how_to_prepare(dataset: str, data_dir: Path | None) -> str:
         "--file_format array_record"
     )
     if data_dir and (data_dir / "train").is_dir():
-        message += f"; or, for the image folder at {data_dir}, use --dataset folder"
-    return message
+        return f"{message}; or, for the image folder at {data_dir}, use --dataset folder"
+    return (
+        f"{message}; or take a folder of images, DIR/train/CLASS and DIR/val/CLASS, with --dataset "
+        "folder --data-dir DIR"
+    )
 
 
 def prepared_spec(dataset: str, data_dir: Path | None, image_size: int | None) -> Spec:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -56,12 +57,15 @@ def dry_run(config: Config, options: Options) -> Cost:
         batch = next(stream)
     key = placed.replicate(run.keys.steps)
     inputs = placed.put(batch.images), placed.put(batch.labels), key
+    print(f"parameters {parameters}\ncompiling a step, which takes minutes on a CPU", flush=True)
     started = time.perf_counter()
     compiled = placed.step.lower(shapes, *inputs).compile()
     compile_seconds = time.perf_counter() - started
     temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
     seconds = None
-    if run.devices.local[0].platform != "cpu" or (temporary or 0) < _host_bytes():
+    # All devices of a CPU have one memory.
+    needed = (temporary or 0) * len(run.devices.local)
+    if run.devices.local[0].platform != "cpu" or needed < _free_bytes():
         state = placed.replicate(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
         seconds = _step_seconds(compiled, state, inputs)
     cost = Cost(parameters, temporary, compile_seconds, seconds, run.total_steps)
@@ -69,9 +73,13 @@ def dry_run(config: Config, options: Options) -> Cost:
     return cost
 
 
-def _host_bytes() -> int:
-    """The memory of this machine: a process that takes more is killed, and says nothing."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _free_bytes() -> int:
+    """The memory that is left here: a process that takes more is killed, and says nothing."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _step_seconds(step: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> float | None:
@@ -104,7 +112,6 @@ def _made_up(config: Config, options: Options) -> Source | None:
 def _report(cost: Cost, batch_size: int, devices: Devices) -> str:
     memory = "unknown" if cost.temporary_bytes is None else f"{cost.temporary_bytes / MIB:.0f} MiB"
     known = (
-        f"parameters {cost.parameters}\n"
         f"memory {memory} a device beside the state, {devices}\n"
         f"compilation {cost.compile_seconds:.1f} s\n"
     )

@@ -54,7 +54,7 @@ class FineTuning:
 
 
 def digits_na_finetuned() -> FineTuning:
-    """Three epochs through the first 2 steps, for `digits_na` after `convert.py`.
+    """Three epochs through the first 2 steps, for `digits_na` after `nadaptor convert`.
 
     `python -m nadaptor.finetune runs/digits_na/snn`
     """

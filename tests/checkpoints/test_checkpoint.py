@@ -224,9 +224,9 @@ def test_a_link_to_nowhere_is_in_the_way_of_a_checkpoint(tmp_path):
 
 
 def test_a_missing_checkpoint_says_what_makes_one(tmp_path):
-    with pytest.raises(ValueError, match=r"no checkpoint at .*/none; train.py makes one"):
+    with pytest.raises(ValueError, match=r"no checkpoint at .*/none; nadaptor train makes one"):
         load_checkpoint(tmp_path / "none", "ann")
-    with pytest.raises(ValueError, match=r"convert.py makes one"):
+    with pytest.raises(ValueError, match=r"nadaptor convert makes one"):
         load_checkpoint(tmp_path / "none", "snn")
 
 
@@ -238,7 +238,9 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path):
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused(saved):
-    with pytest.raises(ValueError, match=r"holds an 'ann', made by train.py; this needs 'snn'"):
+    with pytest.raises(
+        ValueError, match=r"holds an 'ann', made by nadaptor train; this needs 'snn'"
+    ):
         load_checkpoint(saved, "snn")
 
 

@@ -227,6 +227,9 @@ def test_the_help_has_a_line_for_each_config_and_the_networks(call):
     code, out, _ = call("train.py", "digits_na", "--help")
     assert code == 0
     assert "--ema-decay" in out and "--workdir" in out
+    # Each group of options has a sentence of its own.
+    assert out.count("Weights that a finished run hands on") == 1
+    assert "Which images." in out and "Its activations." in out
 
 
 @pytest.mark.parametrize(

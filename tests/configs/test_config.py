@@ -21,7 +21,7 @@ from nadaptor.configs.named import CONFIGS, INHERITED, get_config, parent_of
 def test_every_config_is_valid_and_says_what_it_is(name):
     config = check_config(get_config(name))
     assert config.name == name
-    assert f"python train.py {name}" in CONFIGS[name].__doc__
+    assert f"nadaptor train {name}" in CONFIGS[name].__doc__
     assert config.parent is None or config.parent in CONFIGS
 
 
