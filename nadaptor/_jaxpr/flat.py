@@ -67,7 +67,7 @@ class Flat:
         self.calls: dict[Path, Call] = {}
         self._fresh = itertools.count()
         self.inputs = self._new(closed.jaxpr.invars)
-        self.out_avals = tuple(var.aval for var in closed.jaxpr.outvars)
+        self.out_avals: tuple[Any, ...] = tuple(var.aval for var in closed.jaxpr.outvars)
         self.outputs = tuple(self._inline(closed, self.inputs, (), NOWHERE, frozenset(), ()))
         self.producers: dict[int, FlatOp] = {}
         self._readers: dict[int, list[FlatOp]] = collections.defaultdict(list)
