@@ -201,3 +201,41 @@ def test_what_depends_on_weights_alone_is_no_layer():
 
     other = nadaptor.energy(f, x, w, num_steps=T, data_argnum=0)
     assert other.total.analog_macs == 3 * 4 * 4
+
+
+SIGNAL = jnp.linspace(-0.5, 1.5, 2 * 7 * 3).reshape(2, 7, 3)[:, ::-1]
+WEIGHTS = jax.random.normal(jax.random.key(0), (3, 3, 4)) + 4  # [width, in, out], none is 0
+
+
+def along(x, **options):
+    return jax.lax.conv_general_dilated(
+        x, WEIGHTS, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"), **options
+    )
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        along,
+        lambda x: along(x, rhs_dilation=(2,)),
+        lambda x: jax.lax.conv_transpose(x, WEIGHTS, (2,), "SAME"),
+        lambda x: jnp.einsum("btc,ck->bkt", x, WEIGHTS[0]),
+        lambda x: jnp.einsum("btc,btk->bck", x, jnp.ones((2, 7, 2))),
+        lambda x: x.sum(1),
+        lambda x: x.mean((1, 2)),
+        lambda x: jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 1), (1, 2, 1), "SAME"),
+    ],
+    ids=["conv", "dilated", "transposed", "dot", "batched_dot", "sum", "mean", "window"],
+)
+def test_synapses_of_an_operation_are_the_entries_of_its_jacobian(after):
+    fan = np.asarray(jax.jacobian(after)(SIGNAL) != 0)
+    fan = fan.reshape(-1, *SIGNAL.shape).sum(0)
+    found = nadaptor.energy(lambda x: after(spikes(x)), SIGNAL, num_steps=T)
+    z = trains(spikes, SIGNAL)["layer0"]
+    assert found.total.synops.tolist() == np.cumsum((z * fan).sum((1, 2, 3))).tolist()
+    assert found.total.ann_macs == fan.sum()
+
+
+def test_an_operation_of_no_known_synapses_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"cumsum at .* has no known number of synapses; write"):
+        nadaptor.energy(lambda x: jnp.cumsum(spikes(x), 1), SIGNAL, num_steps=T)
