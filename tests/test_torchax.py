@@ -1,5 +1,8 @@
 """A torch module, through torchax, as any other network with ReLUs."""
 
+import textwrap
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,3 +108,14 @@ def test_noisy_training_lowers_the_loss_and_the_next_call_sees_it(network):
     for key in jax.random.split(jax.random.key(1), 20):
         tuned = step(tuned, key)
     assert loss(tuned, None) < before
+
+
+def test_lines_of_the_page_make_a_function_that_converts(torchax):
+    page = (Path(__file__).parents[1] / "docs" / "your_network.md").read_text()
+    section = page.split("## PyTorch")[1].split("\n## ")[0]
+    names = {"nadaptor": nadaptor}
+    lines = [line for line in section.splitlines() if line.startswith("    ")]
+    exec(compile(textwrap.dedent("\n".join(lines)), "your_network.md", "exec"), names)
+    q, params, x = names["q"], names["params"], jnp.ones((4, 8))
+    sim = nadaptor.simulate(q, q.init(params, x), params, x, num_steps=4)
+    assert sim.outputs.shape == (4, 4, 3)
