@@ -221,7 +221,9 @@ def _check_floating(op: Op) -> None:
 
 
 def _remedy(op: Op) -> str:
-    names = (op.location.call, _NAMES.get(op.primitive.name, op.primitive.name))
+    # Flax calls a module's second layer of a kind BatchNorm_1.
+    module = op.location.scope.split("/")[-1].partition("_")[0]
+    names = (op.location.call, _NAMES.get(op.primitive.name, op.primitive.name), module)
     return next((_REMEDIES[name] for name in names if name in _REMEDIES), _DEFAULT)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +83,20 @@ def test_layers_carry_the_names_of_the_modules():
     assert net.layers[-1].name.endswith("act2")
     assert "layer3_2" in net.layers[-1].name
     assert all(layer.threshold == 2 and layer.start == 1.0 for layer in net.layers)
+
+
+def test_batch_norm_in_training_mode_is_refused_with_what_to_do():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nadaptor.lsq(nn.Dense(4)(x), 0.5, levels=2)
+            return nn.BatchNorm(use_running_average=False)(nn.Dense(4)(x))
+
+    x = jnp.ones((3, 4))
+    variables = Net().init(jax.random.key(0), x)
+
+    def f(variables, x):
+        return Net().apply(variables, x, mutable=["batch_stats"])[0]
+
+    with pytest.raises(ValueError, match=r"BatchNorm_0 .*batch norm with running averages"):
+        nadaptor.spiking(f, variables, x)
