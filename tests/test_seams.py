@@ -188,7 +188,7 @@ def check_both_codings(f, params, x, scales=None, steps=24, means=False):
 
 
 NETWORKS = {
-    "vgg11_bn": dict(pool="max", width=4, hidden=8),
+    "vgg11_bn": dict(pool="max", width=4, hidden=32),
     "resnet18": dict(pool="max", width=4, stage_sizes=(1, 1)),
     "mobilenet_v2": dict(width=0.25),
 }
