@@ -124,6 +124,8 @@ def _is_short(x: jax.Array) -> bool:
 
 def _sum_steps(x: jax.Array) -> jax.Array:
     """The sum of x [K, ...] over the steps."""
+    if len(x) == 1:
+        return x.reshape(x.shape[1:])
     # On a CPU XLA takes a sum over a leading axis out of the fusion around it, to a library that
     # needs more time for it than all convolutions of spikes.
     return functools.reduce(operator.add, x) if _is_short(x) else x.sum(0)
