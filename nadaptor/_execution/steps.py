@@ -124,6 +124,7 @@ def _is_short(x: jax.Array) -> bool:
 
 def _sum_steps(x: jax.Array) -> jax.Array:
     """The sum of x [K, ...] over the steps."""
+    # Of one step no slice: where ONNX has one, onnx's own evaluator has lost the axis of steps.
     if len(x) == 1:
         return x.reshape(x.shape[1:])
     # On a CPU XLA takes a sum over a leading axis out of the fusion around it, to a library that
