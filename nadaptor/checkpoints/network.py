@@ -24,6 +24,7 @@ from nadaptor._files.card import DamagedError, brief, fields_of
 from nadaptor.calibration import Calibration
 from nadaptor.checkpoints.checkpoint import leaf_name, load_checkpoint, save_checkpoint
 from nadaptor.neurons import Coding, Neuron, rectangle, triangle
+from nadaptor.quantization import Quantized
 from nadaptor.simulation import Correction
 from nadaptor.transformation import Nonaffine, SpikingNetwork
 
@@ -135,7 +136,7 @@ def load_network(
         path: the folder.
         f: the function; its layers are compared with those that were saved.
         *args: arguments of the same structure, arrays or their shapes; the data may be of another
-            batch size.
+            batch size. The scales of `nadaptor.quantize(f)` may be None: its layers have names.
         neuron: where the network was saved with a neuron of your own, that neuron.
 
     Returns:
@@ -157,7 +158,7 @@ def load_network(
         raise ValueError(f"{path} is of a function whose argument {data} is the data: pass it, too")
     stored = {leaf_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(arrays)}
     parts = {name: stored.pop(name) for name in list(stored) if name.startswith(_CALIBRATION)}
-    filled = _fill(path, args, data, stored, settings.keys)
+    filled = _fill(path, _with_scales(f, args, stored), data, stored, settings.keys)
     _check_own(path, own, neuron)
     shapes = [jax.ShapeDtypeStruct(tuple(shape), dtype) for dtype, *shape in settings.data]
     if len(shapes) != len(_shapes(args[data])):
@@ -237,6 +238,18 @@ def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             raise ValueError(f"the array {name!r} has the name of a group of others; rename it")
         at[last] = array
     return nested
+
+
+def _with_scales(
+    f: Callable[..., Any], args: tuple[Any, ...], stored: Mapping[str, np.ndarray]
+) -> tuple[Any, ...]:
+    """The arguments, with the shapes of the stored scales where a quantized function has none."""
+    if not isinstance(f, Quantized) or args[0] is not None:
+        return args
+    names = (layer.name for layer in f.layers(*args[1:]) if layer.kind != "max_pool")
+    found = {name: stored[f"0/{name}"] for name in names if f"0/{name}" in stored}
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.items()}
+    return (shapes, *args[1:])
 
 
 def _fill(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -124,6 +125,24 @@ def test_another_batch_size_and_shapes_alone_will_do(tmp_path):
     shapes = jax.eval_shape(lambda x: x, (scales, weights))
     saved = load_network(tmp_path / "net", q, *shapes, IMAGES[:1])
     np.testing.assert_array_equal(q(*saved.args), q(scales, weights, IMAGES)[:1])
+
+
+@pytest.mark.parametrize("channel_axis", [None, -1])
+def test_scales_of_a_quantized_function_need_no_structure(channel_axis, tmp_path):
+    # A max-pool that becomes a mean is a layer of the function without a scale.
+    def f(w, images):
+        x = jax.nn.relu(images.reshape(len(images), -1) @ w[0])
+        return nn.max_pool(x[..., None], (2,), (2,))[..., 0] @ w[1]
+
+    q, w = nadaptor.quantize(f, levels=2), [jnp.ones((36, 4)) / 9, jnp.eye(2)]
+    scales = q.init(w, IMAGES, channel_axis=channel_axis)
+    save_network(tmp_path / "net", q, scales, w, IMAGES)
+    saved = load_network(tmp_path / "net", q, None, zeros_like(w), IMAGES)
+    chex.assert_trees_all_equal(saved.args, (scales, w, IMAGES))
+
+    other = nadaptor.quantize(lambda w, x: jax.nn.relu(f(w, x)) @ w[1], levels=2)
+    with pytest.raises(ValueError, match=r"of 1 layers, and the function has 2|there is no scale"):
+        load_network(tmp_path / "net", other, None, w, IMAGES)
 
 
 def test_data_may_be_any_argument(tmp_path):
