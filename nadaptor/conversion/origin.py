@@ -13,6 +13,7 @@ from nadaptor.configs.config import Config, check_config, from_json, replace
 from nadaptor.data.config import DataConfig
 from nadaptor.data.registry import open_split
 from nadaptor.data.source import Source, describe, images_together
+from nadaptor.models.registry import has_pool
 
 
 class Weights(NamedTuple):
@@ -59,7 +60,7 @@ def open_origin(source: Path | Weights, data_dir: Path | None = None) -> Origin:
     model = build_model(plain, num_classes=images.spec.num_classes)
     one = jax.ShapeDtypeStruct((1, *images.spec.image_shape), jnp.float32)
     variables = load_pretrained(file, jax.eval_shape(model.init, jax.random.key(0), one))
-    if getattr(model, "pool", None) == "mean" and getattr(model, "stem", "imagenet") != "cifar":
+    if config.network.pool != "max" and has_pool(config.network.model):
         print("a mean is in the place of each max-pool; --pool max keeps them as published")
     return Origin(str(file), variables, config, file_identity(file), describe(images))
 

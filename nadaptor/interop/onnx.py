@@ -20,8 +20,8 @@ from nadaptor._checks import check_count, check_data_argnum, extra
 from nadaptor._files import making, write_bytes
 from nadaptor._files.card import DamagedError, unseal
 from nadaptor.neurons import Coding, Neuron
-from nadaptor.simulation import Correction, simulate
-from nadaptor.simulation.deployment import seal_sidecar
+from nadaptor.simulation import Correction
+from nadaptor.simulation.deployment import outputs_of_data, seal_sidecar
 from nadaptor.transformation import Nonaffine, spiking
 
 KEY = "nadaptor"
@@ -71,12 +71,9 @@ def to_onnx(
     options: dict[str, Any] = dict(neuron=neuron, coding=coding, nonaffine=nonaffine)
     net = spiking(f, *args, **options)
 
-    def run(x: Any) -> Any:
-        full = (*args[:data], x, *args[data + 1 :])
-        # Chunks of several steps are for speed here, and more nodes there.
-        how = dict(num_steps=steps, steps_per_chunk=1, correction=correction)
-        return simulate(f, *full, **how, **options).outputs
-
+    # Chunks of several steps are for speed here, and more nodes there.
+    how = dict(num_steps=steps, steps_per_chunk=1, correction=correction)
+    run = outputs_of_data(f, args, data, **how, **options)
     # Traced before jax2onnx sees it: while it traces, functions of jax and Flax are its own, and
     # the marks of neurons would get lost in them.
     shape = jax.ShapeDtypeStruct(images.shape, images.dtype)

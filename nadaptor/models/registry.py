@@ -104,7 +104,7 @@ def create(
     check_name(name, MODELS, "model")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes!r}")
-    if "pool" in options and not _has_pool(name, options):
+    if "pool" in options and not has_pool(name, options.get("stem")):
         raise ValueError(
             f"pool {options['pool']!r} cannot be had: {name} has no pool; leave it out, or choose "
             "a network with one, such as resnet18"
@@ -119,8 +119,17 @@ def create(
     return MODELS[name](num_classes=num_classes, **options)
 
 
-def _has_pool(name: str, options: Mapping[str, Any]) -> bool:
-    """Whether a network has pools of which a kind can be chosen: of the stem, or of stages."""
+def has_pool(name: str, stem: str | None = None) -> bool:
+    """Returns whether a network has pools of which a kind can be chosen: of its stem, or of stages.
+
+    Args:
+        name: a key of `MODELS`.
+        stem: the stem, where it is not the network's own.
+
+    Example:
+        >>> has_pool("resnet18"), has_pool("cifar_resnet18"), has_pool("vgg11")
+        (True, False, True)
+    """
     made: Any = MODELS[name]
-    stem = options.get("stem", made.keywords.get("stem", "imagenet"))
+    stem = stem or made.keywords.get("stem", "imagenet")
     return made.func is Vgg or (made.func is ResNet and stem == "imagenet")

@@ -100,10 +100,7 @@ def export(
     options: dict[str, Any] = dict(neuron=neuron, coding=coding, nonaffine=nonaffine)
     net = spiking(f, *args, **options)
 
-    def run(x: Any) -> Any:
-        full = (*args[:data], x, *args[data + 1 :])
-        return simulate(f, *full, num_steps=steps, correction=correction, **options).outputs
-
+    run = outputs_of_data(f, args, data, num_steps=steps, correction=correction, **options)
     shapes = _symbolic(args[data]) if any_batch else jax.eval_shape(lambda x: x, args[data])
     try:
         if any_batch:
@@ -128,6 +125,27 @@ def export(
     write_bytes(path, artefact)
     write_json(sidecar_of(path), sealed)
     return sidecar_of(path)
+
+
+def outputs_of_data(
+    f: Callable[..., Any], args: tuple[Any, ...], data: int, **options: Any
+) -> Callable[[Any], Any]:
+    """Returns a simulation as a function of the data alone, with all other arguments inside.
+
+    Args:
+        f: function whose activations are quantizers of `nadaptor`.
+        args: its arguments.
+        data: which argument is the data.
+        **options: of `nadaptor.simulate`.
+
+    Returns:
+        What maps the data to the outputs [T, ...] at every time step.
+    """
+
+    def run(x: Any) -> Any:
+        return simulate(f, *args[:data], x, *args[data + 1 :], **options).outputs
+
+    return run
 
 
 def seal_sidecar(
