@@ -5,30 +5,40 @@ python -m benchmarks.codings
 
 import functools
 import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import nadaptor
+from nadaptor._files import write_csv
 
+OUT = Path(__file__).parent / "results" / "codings.csv"
 NUM_STEPS, SHOWN = 24, (1, 2, 4, 6, 8, 12, 16, 24)
 
 
-def network(levels, weights, x):
+def network(levels: int, weights: list[jax.Array], x: jax.Array) -> jax.Array:
     """Five quantized layers of 32 features; the range of each is 0 to 0.8."""
     for w in weights[:-1]:
         x = nadaptor.lsq(1.5 * x @ w + 0.1, 0.8 / levels, levels)
     return x @ weights[-1]
 
 
-def main():
-    """Prints a row for each number of levels and coding."""
+def main() -> None:
+    """Writes a row for each number of levels and coding."""
+    rows = list(measure())
+    write_csv(OUT, rows)
+    for row in rows:
+        print(row)
+
+
+def measure() -> Iterator[dict[str, Any]]:
+    """Yields the rows."""
     keys = jax.random.split(jax.random.key(0), 7)
     weights = [jax.random.normal(key, (32, 32)) / math.sqrt(32) for key in keys[:6]]
     x = jax.random.normal(keys[6], (64, 32))
-    steps = ", ".join(map(str, SHOWN))
-    print(f"| p | coding | error at T = {steps} | spikes per value | settled |")
-    print("|---|---|---|---|---|")
     for levels in (1, 2, 4, 8):
         f = functools.partial(network, levels)
         wanted = jax.jit(f)(weights, x)
@@ -36,10 +46,14 @@ def main():
             run = functools.partial(nadaptor.simulate, f, num_steps=NUM_STEPS, coding=coding)
             sim = jax.jit(run)(weights, x)
             error = jnp.abs(sim.outputs - wanted).mean((1, 2)) / jnp.abs(wanted).mean()
-            shown = " / ".join(f"{float(error[t - 1]):.3f}" for t in SHOWN)
             spikes = sum(float(counts.mean()) for counts in sim.spike_counts) / 5
-            settled = "-" if sim.settled is None else int(sim.settled)
-            print(f"| {levels} | {coding} | {shown} | {spikes:.2f} | {settled} |")
+            yield {
+                "p": levels,
+                "coding": coding,
+                **{f"T = {t}": f"{float(error[t - 1]):.3f}" for t in SHOWN},
+                "spikes per value": f"{spikes:.2f}",
+                "settled": "-" if sim.settled is None else int(sim.settled),
+            }
 
 
 if __name__ == "__main__":

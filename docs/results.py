@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "RESULTS.md", *sorted((ROOT / "docs" / "results").glob("*.md")))
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "RESULTS.md", DOCS / "coding.md", *sorted((DOCS / "results").glob("*.md")))
 _MARKED = re.compile(r"<!-- from (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
