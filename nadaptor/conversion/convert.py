@@ -114,6 +114,7 @@ def finish(
     ways = check_spikes(config, num_classes, source.spec.image_shape, spikes)
     show_analog(ways)
     images = jnp.asarray(load_images(source).images)
+    print(f"checking the conversion on {len(images)} validation images", flush=True)
     checks = check_conversion(
         model, variables, spiking_model, folded, config.quantizer.levels, images, spikes
     )

@@ -16,11 +16,15 @@ from nadaptor.reports.plots import figure_bytes, new_figure
 from nadaptor.reports.tables import markdown
 from nadaptor.studies.study import Cell, Cells, Method, Network, Study, networks_of
 
-# Each method with the adaptor, and what it is compared with: the same gradient of the scales.
+# Each method with noise, and what it is compared with: LSQ with its factor on the scales' gradient
+# or, where the method goes without, without. "any_level" is held against plain LSQ.
 PAIRS: Mapping[Method, Method] = {
     "noise_adaptor": "lsq",
     "noise_adaptor_exact": "lsq",
     "noise_adaptor_unscaled": "lsq_unscaled",
+    "noise_adaptor_half": "lsq",
+    "noise_adaptor_relu_start": "lsq",
+    "any_level": "lsq",
 }
 
 

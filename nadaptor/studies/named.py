@@ -135,6 +135,27 @@ def gradient() -> Study:
     return dataclasses.replace(fit(), methods=methods, epochs=(2,))
 
 
+def recipe() -> Study:
+    """What may do better than the adaptor at equal cost, at 20 epochs of the study "fit".
+
+    No factor of LSQ on the scales' gradient, a start measured with ReLUs, half the noise, any level
+    in each step; each with plain neurons and with negative spikes, which cost no steps.
+
+    `python -m nadaptor.study recipe --data-dir DIR`
+    """
+    methods = (
+        "lsq",
+        "lsq_unscaled",
+        "noise_adaptor",
+        "noise_adaptor_unscaled",
+        "noise_adaptor_relu_start",
+        "noise_adaptor_half",
+        "any_level",
+    )
+    corrections = ("none", "negative-spikes")
+    return dataclasses.replace(fit(), methods=methods, corrections=corrections, epochs=(20,))
+
+
 STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
     {
         make.__name__: make
@@ -147,6 +168,7 @@ STUDIES: Mapping[str, Callable[[], Study]] = MappingProxyType(
             width,
             depth,
             gradient,
+            recipe,
         )
     }
 )

@@ -27,17 +27,25 @@ from nadaptor.studies.measure import measure
 from nadaptor.training.options import DEFAULT, Deadline, Options
 
 Variant = Literal[
-    "lsq_unscaled", "noise_adaptor_exact", "noise_adaptor_scaled", "noise_adaptor_unscaled"
+    "lsq_unscaled",
+    "noise_adaptor_exact",
+    "noise_adaptor_scaled",
+    "noise_adaptor_unscaled",
+    "noise_adaptor_half",
+    "noise_adaptor_relu_start",
 ]
 # The activations of the table that become spikes, and variants of them.
 Method = Literal[Spiking, Variant]
 # What a method sets in a config beside p, where that is more than the activation of its name:
-# Eq. 7's own gradient in place of Eq. 10, and LSQ's factor on the gradient of the scale.
+# Eq. 7's own gradient in place of Eq. 10, LSQ's factor on the gradient of the scale, noise of half
+# the width, and scales that are measured on the parent's network with ReLUs.
 METHODS: Mapping[Method, Mapping[str, Any]] = {
     "lsq_unscaled": {"activation": "lsq", "scale_gradient": False},
     "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
     "noise_adaptor_scaled": {"activation": "noise_adaptor", "scale_gradient": True},
     "noise_adaptor_unscaled": {"activation": "noise_adaptor", "scale_gradient": False},
+    "noise_adaptor_half": {"activation": "noise_adaptor", "noise_amplitude": 0.25},
+    "noise_adaptor_relu_start": {"activation": "noise_adaptor", "scale_init": "mmse_relu"},
     "any_level": {"gradient": "exact", "scale_gradient": False},
 }
 # Methods whose levels are not a choice: one network serves every p of the study.

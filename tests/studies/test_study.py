@@ -90,9 +90,8 @@ def test_the_command_measures_the_cells_that_are_missing_and_writes_the_grid(tmp
 
 def test_the_methods_are_the_activations_that_become_spikes_and_variants_of_them():
     spiking = {name for name, entry in ACTIVATIONS.items() if entry.converts_as}
-    variants = {"lsq_unscaled"} | {
-        f"noise_adaptor_{variant}" for variant in ("exact", "scaled", "unscaled")
-    }
+    of_the_adaptor = ("exact", "scaled", "unscaled", "half", "relu_start")
+    variants = {"lsq_unscaled"} | {f"noise_adaptor_{variant}" for variant in of_the_adaptor}
     assert set(typing.get_args(grid.Method)) == spiking | variants
     assert {grid.METHODS[name]["activation"] for name in variants} <= spiking
 
