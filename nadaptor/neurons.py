@@ -5,13 +5,19 @@ A neuron is a value with two pure functions. It counts potential in units of the
 exactly, ties included, which in units of the input or of the threshold it does not.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+# Shapes as types: see `quantizers.py`.
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Float32
 
 Threshold = int | jax.Array
 """The threshold in units of the scale; an array where a calibration has set it."""
@@ -35,7 +41,9 @@ class Neuron(Protocol):
         """Returns the state before the first step, its potential `start` broadcast to `shape`."""
         ...
 
-    def step(self, state: State, x: jax.Array, threshold: Threshold) -> tuple[State, jax.Array]:
+    def step(
+        self, state: State, x: Float32[Array, "*shape"], threshold: Threshold
+    ) -> tuple[State, Float32[Array, "*shape"]]:
         """Takes the input current of one step; returns the new state and the output.
 
         Potential, current and output are float32, in units of the scale: a spike is an output of
@@ -71,13 +79,13 @@ class IntegrateAndFire:
 
     def init(
         self, shape: tuple[int, ...], threshold: Threshold, start: float | jax.Array
-    ) -> jax.Array:
+    ) -> Float32[Array, "..."]:
         """Returns the potential before the first step: `start`, in units of the scale."""
         return jnp.full(shape, start, jnp.float32)
 
     def step(
-        self, state: jax.Array, x: jax.Array, threshold: Threshold
-    ) -> tuple[jax.Array, jax.Array]:
+        self, state: Float32[Array, "*shape"], x: Float32[Array, "*shape"], threshold: Threshold
+    ) -> tuple[Float32[Array, "*shape"], Float32[Array, "*shape"]]:
         """Adds one step's current `x` to the potential and fires where it reaches `threshold`."""
         u = state + x
         out = threshold * fire(u, threshold, self.surrogate)
@@ -87,8 +95,8 @@ class IntegrateAndFire:
 class SignedState(NamedTuple):
     """State of `SignedIntegrateAndFire`."""
 
-    potential: jax.Array  # float32, in units of the scale
-    net_spikes: jax.Array  # float32, spikes minus negative spikes so far
+    potential: Float32[Array, "*shape"]  # in units of the scale
+    net_spikes: Float32[Array, "*shape"]  # spikes minus negative spikes so far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +126,8 @@ class SignedIntegrateAndFire:
         return SignedState(jnp.full(shape, start, jnp.float32), jnp.zeros(shape, jnp.float32))
 
     def step(
-        self, state: SignedState, x: jax.Array, threshold: Threshold
-    ) -> tuple[SignedState, jax.Array]:
+        self, state: SignedState, x: Float32[Array, "*shape"], threshold: Threshold
+    ) -> tuple[SignedState, Float32[Array, "*shape"]]:
         """Runs one plain step, then takes a spike back where too many were sent."""
         u = state.potential + x
         spikes = fire(u, threshold)
@@ -131,8 +139,8 @@ class SignedIntegrateAndFire:
 class Count(NamedTuple):
     """State of `StBif`."""
 
-    sent: jax.Array  # float32, spikes minus negative spikes so far
-    start: jax.Array  # float32 scalar, what rounds: half a level for a quantizer to the nearest
+    sent: Float32[Array, "*shape"]  # spikes minus negative spikes so far
+    start: Float32[Array, ""]  # what rounds: half a level for a quantizer to the nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +177,9 @@ class StBif:
         """Returns the state before the first step: no spikes."""
         return Count(jnp.zeros(shape, jnp.float32), jnp.float32(start / threshold))
 
-    def step(self, state: Count, x: jax.Array, threshold: Threshold) -> tuple[Count, jax.Array]:
+    def step(
+        self, state: Count, x: Float32[Array, "*shape"], threshold: Threshold
+    ) -> tuple[Count, Float32[Array, "*shape"]]:
         """Takes the total of all steps so far; returns the total of spikes sent, in levels."""
         # A bound that no x reaches, as in `summable`: it keeps the compiler from rounding once,
         # with a product before it, where the quantizer rounds twice.
@@ -184,8 +194,10 @@ class StBif:
 
 
 def fire(
-    u: jax.Array, threshold: Threshold, surrogate: Callable[[jax.Array], jax.Array] | None = None
-) -> jax.Array:
+    u: Float[Array, "*shape"],
+    threshold: Threshold,
+    surrogate: Callable[[jax.Array], jax.Array] | None = None,
+) -> Float[Array, "*shape"]:
     """Returns 1 where the potential has reached the threshold, else 0 (Eq. 2).
 
     Args:
@@ -208,7 +220,7 @@ def fire(
     return _with_derivative(surrogate)(distance, jax.lax.stop_gradient(spikes))
 
 
-def triangle(distance: jax.Array) -> jax.Array:
+def triangle(distance: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Surrogate derivative `max(0, 1 - |distance|)`, distance in units of the threshold.
 
     Example:
@@ -220,7 +232,7 @@ def triangle(distance: jax.Array) -> jax.Array:
     return jnp.maximum(0, 1 - jnp.abs(distance))
 
 
-def rectangle(distance: jax.Array) -> jax.Array:
+def rectangle(distance: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Surrogate derivative 1 within half a threshold of firing, else 0: the quantizer's own.
 
     Example:

@@ -5,8 +5,10 @@ finds (see `_jaxpr/marks.py`). Rounding is `floor(x + 0.5)`: a neuron that fires
 rounds ties up, and with the same rule the quantized and the spiking network agree exactly.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +19,23 @@ from nadaptor._checks import check_key, check_levels, check_positive
 from nadaptor._jaxpr.marks import Activation, Mark, apply_activation, decode, encode
 from nadaptor._noise import uniform_noise
 
+# Shapes as types, for readers, for type checkers and for tests/test_shapes.py, which checks calls
+# against them. The core needs jax alone.
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key, Shaped
+
 GradientMode = Literal["paper", "exact"]
 ClipOrder = Literal["last", "first"]
 _SMALLEST = 1e-9
 
 
-def lsq(v: ArrayLike, scale: ArrayLike, levels: int, *, gradient_scale: float = 1.0) -> jax.Array:
+def lsq(
+    v: Float[ArrayLike, "*shape"],
+    scale: Shaped[ArrayLike, "..."],
+    levels: int,
+    *,
+    gradient_scale: float = 1.0,
+) -> Float[Array, "*shape"]:
     """Quantizes to `scale * {0, ..., levels}` with a learnable step size (Eq. 3-5).
 
     Forward: `s * round(clip(v/s, 0, p))`. Backward, with x = v/s: dy/dv is 1 where 0 < x < p and 0
@@ -53,15 +66,15 @@ def lsq(v: ArrayLike, scale: ArrayLike, levels: int, *, gradient_scale: float = 
 
 
 def noise_adaptor(
-    key: jax.Array,
-    v: ArrayLike,
-    scale: ArrayLike,
+    key: Key[Array, ""],
+    v: Float[ArrayLike, "*shape"],
+    scale: Shaped[ArrayLike, "..."],
     levels: int,
     *,
     amplitude: float = 0.5,
     gradient: GradientMode = "paper",
     gradient_scale: float = 1.0,
-) -> jax.Array:
+) -> Float[Array, "*shape"]:
     """Quantizes like `lsq` with uniform noise before the clip: stochastic rounding (Eq. 7-10).
 
     Forward: `s * round(clip(x, 0, p))` with `x = v/s + eps` and `eps ~ U(-amplitude, amplitude)`,
@@ -103,7 +116,9 @@ def noise_adaptor(
     return apply_activation(activation, v, scale, check_key(key), gradient_scale)
 
 
-def clipped_relu(v: ArrayLike, threshold: ArrayLike) -> jax.Array:
+def clipped_relu(
+    v: Float[ArrayLike, "*shape"], threshold: Shaped[ArrayLike, "..."]
+) -> Float[Array, "*shape"]:
     """Clips to [0, threshold]: what a neuron's firing rate tends to over many time steps.
 
     Backward: dy/dv is 1 where 0 < v < threshold and 0 elsewhere; dy/dthreshold is 1 above the
@@ -129,7 +144,13 @@ def clipped_relu(v: ArrayLike, threshold: ArrayLike) -> jax.Array:
     return apply_activation(_clipped_relu(), v, threshold, name="threshold")
 
 
-def qcfs(v: ArrayLike, threshold: ArrayLike, levels: int, *, clip: ClipOrder = "last") -> jax.Array:
+def qcfs(
+    v: Float[ArrayLike, "*shape"],
+    threshold: Shaped[ArrayLike, "..."],
+    levels: int,
+    *,
+    clip: ClipOrder = "last",
+) -> Float[Array, "*shape"]:
     """Quantizes clip-floor-shift, with the threshold as the learnable parameter.
 
     Forward: `th * clip(floor(L*v/th + 0.5)/L, 0, 1)`, the values of `lsq` at the scale th/L.
@@ -165,14 +186,14 @@ def qcfs(v: ArrayLike, threshold: ArrayLike, levels: int, *, clip: ClipOrder = "
 
 
 def slip_relu(
-    v: ArrayLike,
-    threshold: ArrayLike,
+    v: Float[ArrayLike, "*shape"],
+    threshold: Shaped[ArrayLike, "..."],
     levels: int,
     *,
     slope: float = 0.5,
     shift: float = 0.0,
     floor_shift: float = 0.5,
-) -> jax.Array:
+) -> Float[Array, "*shape"]:
     """Mixes a clipped ReLU with the clip-floor-shift function.
 
     Forward: `a*th*clip(v/th + d1/N, 0, 1) + (1-a)*th*clip(floor(N*v/th + d2)/N, 0, 1)`. Backward
@@ -207,14 +228,14 @@ def slip_relu(
     return _by_threshold(activation, v, threshold, levels)
 
 
-def round_half_up(x: jax.Array) -> jax.Array:
+def round_half_up(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Rounds to the nearest integer, ties up, as an integrate-and-fire neuron does."""
     return jnp.floor(x + 0.5)
 
 
 def mmse_scale(
-    a: jax.Array, levels: int, axes: tuple[int, ...], axis_name: str | None = None
-) -> jax.Array:
+    a: Float[Array, "*shape"], levels: int, axes: tuple[int, ...], axis_name: str | None = None
+) -> Float[Array, "..."]:
     """Returns the scale at which `lsq` represents activations best (MMSE).
 
     Of the 95 candidates `max(a) / levels * (1 - 0.01 i)`, i = 0 to 94, the one with the smallest
