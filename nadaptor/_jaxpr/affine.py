@@ -47,6 +47,7 @@ _EITHER = {
 }
 _RANDOM = _words("random_bits threefry2x32 rng_bit_generator rng_uniform random_gamma")
 
+# What a max-pool is in a trace, and what its forward derivative makes of it.
 _NAMES = {"reduce_window_max": "max_pool", "select_and_gather_add": "max_pool"}
 _ACTIVATION = "replace it by a quantized activation such as nadaptor.lsq before training"
 _LOGITS = (
@@ -59,6 +60,7 @@ _NORM = (
 )
 _BRANCH = "write the loop or branch in Python, or as lax.scan"
 _PROBABILITIES = _words("sigmoid logistic log_sigmoid")
+# Effects that may as well happen at every step: they look, and change nothing.
 _STEP_EFFECTS = {"DebugEffect", "OrderedDebugEffect"}
 _REMEDIES = {
     "max_pool": "replace max_pool by avg_pool before training",
@@ -103,10 +105,12 @@ def check_affine(op: Op, spiking: Sequence[bool], last: bool = False) -> None:
     """
     name = op.primitive.name
     count = sum(spiking)
+    # First of all, as what keeps its body would leave a quantizer in it analog.
     if any(contains(sub, is_mark) for sub in sub_jaxprs(op.params)):
         check_no_inner_mark(op)
     elif op.bodies:
         _check_bodies(op)
+    # It looks and passes nothing on; `check_effects` has refused what does more.
     elif op.effects and not op.outputs:
         pass
     elif name in _JOINTLY:
@@ -127,6 +131,7 @@ def check_affine(op: Op, spiking: Sequence[bool], last: bool = False) -> None:
         # The operands before the last ones are the matrix.
         if any(spiking[: sum(op.params["const_lengths"])]):
             raise _refusal(op, _DIVISOR)
+    # A sigmoid at the end makes probabilities of logits: to quantize it would be another network.
     elif last and _PROBABILITIES.intersection((name, op.location.call)):
         raise _refusal(op, _LOGITS)
     elif not (_is_sum(op) or (name == "integer_pow" and op.params["y"] == 1)):
@@ -215,6 +220,7 @@ def check_not_random(op: Op) -> None:
 
 
 def _check_floating(op: Op) -> None:
+    # A conversion to integers or booleans rounds.
     for aval in op.avals:
         if not jnp.issubdtype(aval.dtype, jnp.inexact):
             raise _refusal(op, f"it turns spikes into {aval.dtype}; keep them floating point")
@@ -234,7 +240,9 @@ def describe(op: Op) -> str:
 
 
 def _refusal(op: Op, remedy: str, fault: str = _NOT_AFFINE) -> ValueError:
+    # Running means and sums help what is not affine, and nothing else that is refused.
     others = _OPTIONS if fault == _NOT_AFFINE else ""
+    # What stands in none of the tables may be affine all the same: say no more than is known.
     if fault == _NOT_AFFINE and remedy == _DEFAULT:
         fault = _NOT_KNOWN
     shown = describe(op)

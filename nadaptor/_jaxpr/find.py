@@ -31,11 +31,14 @@ from nadaptor._jaxpr.patterns import Relu, find_relu, is_max_pool
 from nadaptor._jaxpr.places import layer_name
 from nadaptor._jaxpr.trace import Atom, sub_jaxprs, variables
 
+# Through these a maximum still guards the root or divisor behind them (rule 4).
 _ELEMENTWISE = MOVES | words(
     "carry turn add sub mul div max min neg abs sign select_n clamp integer_pow square pow "
     "stop_gradient slice dynamic_slice gather concatenate pad split rev"
 )
+# What counts as a product with weights (rule 3).
 _CONTRACTIONS = words("dot_general conv_general_dilated ragged_dot_general")
+# Spikes could not pass these either: a maximum that is left before them loses nothing.
 _ROOTS = words("sqrt rsqrt cbrt log log1p pow")
 _COMPARISONS = words("gt ge lt le eq ne")
 # Functions of the libraries that hold a maximum with zero and are no ReLU.
@@ -136,6 +139,7 @@ class _Finder:
                 if self._data(op):
                     _check_no_relu_inside(op, self.pools)
                 others.append(op)
+        # Only now that all ReLUs are known: a carry may bring spikes to a pool before them.
         made = [v for op in self.covered.values() for v in op.outputs]
         spikes = self.flat.forward(made) if made else set()
         for op in pooled:
@@ -156,6 +160,7 @@ class _Finder:
             return
         self.covered.update((part.path, part) for part, _ in relu.parts)
         self.uses[_scope(op) or layer.name] += 1
+        # Parts pass their operand on, so that the quantizer takes in what the ReLU took in.
         plans = {part.path: Plan(None, i) for part, i in relu.parts}
         plans[op.path] = Plan(layer, operand)
         self.plans.update(self._whole_call(op, relu, plans[op.path]) or plans)
@@ -192,6 +197,7 @@ class _Finder:
         if not self.guards.isdisjoint(op.outputs):
             return "it guards a root, a logarithm or a divisor"
         for call in (op.location.call, *op.calls):
+            # Optax's losses end so.
             if call in _OTHERS or call.endswith("_loss"):
                 return f"it is a part of {call}"
         selected = self.select is None or self.select(layer)
@@ -202,6 +208,7 @@ class _Finder:
         ends = {v for part, _ in relu.parts for v in part.outputs}
         begins = [part.inputs[i] for part, i in relu.parts]
         begins = set(variables(begins)) - ends
+        # The outermost first: a call that is replaced whole has no derivative left to lose.
         for path in (op.path[:i] for i in range(len(op.path))):
             call = self.flat.calls.get(path)
             if call is None or len(call.outputs) != 1 or ends.isdisjoint(variables(call.outputs)):
@@ -216,6 +223,7 @@ class _Finder:
         for test in self._later(v, ACROSS_TURNS):
             if test.name not in _COMPARISONS or test.path in self.covered:
                 continue
+            # A comparison alone is no slope: a count of active features has one, too.
             for reader in self._later(test.outputs[0], ACROSS_TURNS | words("and or not")):
                 chooses = reader.name == "select_n" or reader.name in ("mul", "div")
                 if chooses and reader.path not in self.covered and not self._is_relu(reader):
@@ -242,6 +250,7 @@ class _Finder:
 
     def _check_no_loss(self, op: FlatOp, layer: QuantizedLayer) -> None:
         """Refuses a maximum of which nothing but a scalar comes: a hinge or triplet loss."""
+        # Where no result is a scalar, none is a loss.
         if not layer.shape or all(aval.shape for aval in self.flat.out_avals):
             return
         after = self.flat.forward(op.outputs)
@@ -249,6 +258,7 @@ class _Finder:
         scalar = all(
             not aval.shape for v, aval in avals if not isinstance(v, Literal) and v in after
         )
+        # With weights behind it a maximum is a layer, whatever its network's results become.
         products = (o for o in self.flat.ops if o.name in _CONTRACTIONS)
         if scalar and all(after.isdisjoint(variables(o.inputs)) for o in products):
             raise ValueError(
@@ -293,6 +303,7 @@ def _check_no_relu_inside(op: FlatOp, pools: bool) -> None:
 def _holds_relu(jaxpr: Any, pools: bool) -> bool:
     flat = Flat(ClosedJaxpr(jaxpr, [None] * len(jaxpr.constvars)))
     finder = _Finder(flat, [True] * len(flat.inputs), None, pools)
+    # What enters the body may be data, and may have met weights, outside of it.
     finder.met = finder.reached
     for op in flat.ops:
         if op.eqn is None:

@@ -27,6 +27,7 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+# Operations that pass their operand on: but for precision or place, their result is what it is.
 IDENTITY = words(
     "link copy copy_p sharding_constraint device_put optimization_barrier reduce_precision pvary "
     "pcast name"
@@ -76,6 +77,7 @@ class Flat:
                 self.producers.setdefault(v, op)  # of a carry, the link that brings it in
         live = self.backward(variables(self.outputs), lambda op: True)
         for op in self.ops:
+            # Dead readers would make a ReLU's parts look as if something else read them, too.
             if live.intersection(op.outputs):
                 for v in set(variables(op.inputs)):
                     self._readers[v].append(op)
@@ -96,6 +98,7 @@ class Flat:
 
     def origin(self, v: Atom, through: frozenset[str] = IDENTITY) -> Atom:
         """The variable of which v is a copy."""
+        # Not through a carry or turn, which is another value at each turn.
         while (op := self.producer(v)) is not None and op.name in through:
             v = op.inputs[0]
         return v
@@ -108,6 +111,7 @@ class Flat:
         """The number that all entries of v are, or None where it is not known or not one."""
         v = self.origin(v, MOVES)
         value = v.val if isinstance(v, Literal) else self.consts.get(v)
+        # Inside another trace a constant may be a tracer, which has no value yet.
         if value is None or isinstance(value, Tracer):
             return None
         if not jnp.issubdtype(jnp.result_type(value), jnp.number) or not np.size(value):
@@ -170,10 +174,12 @@ class Flat:
 
     def _scan(self, eqn, body, operands, path, location, calls, turns) -> list[Atom]:
         fixed, carry = scan_counts(eqn)
+        # What is known of a constant holds inside, too; a carry or slice is another at each turn.
         kinds = ["link"] * fixed + ["carry"] * carry + ["turn"] * (len(operands) - fixed - carry)
         entering = [self._link(*pair, turns) for pair in zip(kinds, operands, strict=True)]
         inner = (*turns, eqn.params["length"])
         results = self._inline(body, entering, path, location, calls, inner)
+        # The carry goes round: a second link leads to the variable by which it came in.
         for result, back in zip(results[:carry], entering[fixed : fixed + carry], strict=True):
             self.ops.append(self._link_op("carry", result, back, inner))
         return [self._link("turn", result, turns) for result in results]

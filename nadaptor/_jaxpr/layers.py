@@ -45,6 +45,7 @@ def fitting_neuron(neuron: Neuron | None, coding: Coding, layers: Sequence[Layer
     if coding not in _NEURONS:
         raise ValueError(f"coding must be 'rate' or 'sum', not {coding!r}")
     neuron = _NEURONS[coding] if neuron is None else neuron
+    # A neuron of the user's that says nothing of it is one for rates.
     own = getattr(neuron, "coding", "rate")
     if own != coding:
         raise ValueError(
@@ -52,6 +53,7 @@ def fitting_neuron(neuron: Neuron | None, coding: Coding, layers: Sequence[Layer
             f"neuron={_NEURONS[coding]}, or one of your own whose class says coding = {coding!r}"
         )
     for layer in layers:
+        # Thresholds are integers here: a calibration, which makes arrays of them, refuses sums.
         if coding == "sum" and layer.threshold >= 2**24:
             raise ValueError(
                 f"layer {layer.name} at {layer.source} has {layer.threshold} levels, and float32 "

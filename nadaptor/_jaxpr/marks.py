@@ -86,6 +86,8 @@ def decode(levels: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     return slopes
 
 
+# The key is an ordinary argument, and its cotangent None: in nondiff_argnums it would leak tracers
+# under jit, pmap, scan and remat.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled(activation: Activation, v: jax.Array, scale: jax.Array, key: Any) -> jax.Array:
     q = _marked(activation)(_in_units(v, scale), key)
@@ -93,6 +95,7 @@ def _scaled(activation: Activation, v: jax.Array, scale: jax.Array, key: Any) ->
 
 
 def _scaled_fwd(activation, v, scale, key):
+    # Without the mark, whose body has no residual: what is differentiated is not converted.
     q, residual = activation.forward(_in_units(v, scale), key)
     return (q * scale).astype(v.dtype), (_narrowed(residual, v.dtype), scale)
 
@@ -100,6 +103,7 @@ def _scaled_fwd(activation, v, scale, key):
 def _narrowed(residual: jax.Array, dtype: Any) -> jax.Array:
     """The residual in the dtype of v, the largest number of the one as that of the other."""
     largest = jnp.finfo(dtype).max
+    # Cast as they are, the markers of `encode` would be infinities, which `decode` does not know.
     if largest < jnp.finfo(residual.dtype).max:
         bound = jnp.asarray(largest, residual.dtype)
         residual = jnp.clip(residual, -bound, bound)
@@ -109,6 +113,7 @@ def _narrowed(residual: jax.Array, dtype: Any) -> jax.Array:
 def _scaled_bwd(activation, saved, g):
     residual, scale = saved
     dv, dscale = activation.slopes(residual)
+    # The sum is over a whole layer: in half precision it would lose its small terms.
     wide = jnp.promote_types(g.dtype, jnp.float32)
     grad_scale = _sum_to_shape(g.astype(wide) * dscale.astype(wide), scale.shape)
     # On an explicit mesh the sum lies as v does.
@@ -136,6 +141,7 @@ def _marked(activation: Activation) -> Callable[[jax.Array, Any], jax.Array]:
         return activation.forward(x, key)[0]
 
     levels, start = activation.mark
+    # By repr, so that `read_mark` reads the same float back.
     forward.__name__ = forward.__qualname__ = f"nadaptor_spike[levels={levels},start={start!r}]"
     return _jit(forward)
 

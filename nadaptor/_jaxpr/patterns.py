@@ -23,8 +23,10 @@ class Relu(NamedTuple):
 def is_max_pool(eqn: Any) -> bool:
     """Says whether an equation is the maximum over windows."""
     name, params = eqn.primitive.name, eqn.params
+    # Between the values of a dilated input are holes, which a mean over the window would count.
     if name not in ("reduce_window_max", "reduce_window") or set(params["base_dilation"]) != {1}:
         return False
+    # Where JAX does not know the start for a maximum's, it writes a general `reduce_window`.
     body = getattr(params.get("jaxpr"), "jaxpr", params.get("jaxpr"))
     return name == "reduce_window_max" or [e.primitive.name for e in body.eqns] == ["max"]
 
@@ -40,6 +42,7 @@ def _maximum(flat: Flat, op: FlatOp) -> Relu | None:
         is_whole = op.eqn.invars[i].aval.shape == op.eqn.outvars[0].aval.shape
         if flat.constant(op.inputs[1 - i]) != 0 or not is_whole or flat.constant(v) is not None:
             continue
+        # Bounded only where it has one reader: another would see what is above the bound.
         after = flat.readers(op.outputs[0])
         last = op.outputs[0] in flat.outputs
         if len(after) == 1 and not last and (cut := _cut(flat, after[0])) is not None:
@@ -69,6 +72,7 @@ def _select(flat: Flat, op: FlatOp) -> Relu | None:
     """`where(x > 0, x, 0)` or `where(x < 0, 0, x)`."""
     if len(op.inputs) != 3 or (test := _test(flat, op.inputs[0])) is None:
         return None
+    # The case of a predicate that is false comes first.
     zero, kept = (1, 2) if test[0] == "g" else (2, 1)
     same = _same(flat.origin(op.inputs[kept]), test[1])
     return Relu(((op, kept),)) if same and flat.constant(op.inputs[zero]) == 0 else None
@@ -91,6 +95,7 @@ def _test(flat: Flat, v: Atom) -> tuple[str, Atom] | None:
     if flat.constant(op.inputs[1]) == 0:
         return op.name[0], flat.origin(op.inputs[0])
     if flat.constant(op.inputs[0]) == 0:
+        # With zero on the left the comparison is turned round.
         return "lg"["lg".index(op.name[0]) - 1], flat.origin(op.inputs[1])
     return None
 

@@ -7,6 +7,7 @@ import re
 from typing import Any, NamedTuple
 
 _LIBRARIES = ("jax", "flax", "equinox", "haiku", "keras", "optax", "torchax", "nadaptor")
+# What is typed at a prompt is the user's, though its file's name begins as that of generated code.
 _INTERACTIVE = ("<stdin>", "<ipython-input", "<python-input")
 # Frames between a library function and the tracer, which are no name for what the user called.
 _PLUMBING = {"current", "custom_jvp", "custom_vjp", "ufunc", "bind", "wrapper"}
@@ -64,6 +65,7 @@ def _user_frame(traceback: Any) -> tuple[str, str]:
         if not in_library(frame.file_name):
             return f"{frame.file_name}:{frame.line_num}", calls[-1] if calls else ""
         name = frame.function_name.removesuffix(".__call__")
+        # "<lambda>" and what begins with an underscore is no name that a user has called.
         if name.isidentifier() and not name.startswith("_") and name not in _PLUMBING:
             calls.append(name)
     return "", ""

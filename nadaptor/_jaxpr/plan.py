@@ -77,6 +77,7 @@ def plan(
     made = {i: aval for op in stepwise for i, aval in zip(op.outputs, op.avals, strict=True)}
     read = {i for op in stepwise for i in variables(op.inputs)}
     averaged, fed, types = dict[int, Any](), dict[int, Any](), {**made, **varying}
+    # A mean is taken where a value of each step meets an operation on means; a quantizer ends it.
     for op in stepwise:
         for i in variables(op.inputs):
             if op.mark is not None and kinds.get(i) == MEAN:
@@ -127,6 +128,7 @@ def _kind(op: Op, kinds: dict[int, str], coding: str, nonaffine: str, last: bool
     spikes = reached(kinds.keys(), op.inputs)
     found = {kind_of(kinds, atom) for atom in op.inputs} - {None}
     check_effects(op)
+    # Frames alone: as no spike passes, the operation need not be affine.
     if found == {VARYING}:
         check_no_inner_mark(op)
         return VARYING

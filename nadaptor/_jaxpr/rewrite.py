@@ -67,6 +67,7 @@ class _Rewriter(NamedTuple):
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *values], strict=True))
         for number, eqn in enumerate(jaxpr.eqns):
             operands = [v.val if isinstance(v, Literal) else known[v] for v in eqn.invars]
+            # Under the scopes that it had: else `spiking` would find layers without names.
             stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
             # In a library's function, whose trace is reused, the line may be that of another call.
             traceback = where.traceback if where.location.call else eqn.source_info.traceback
@@ -110,12 +111,14 @@ class _Rewriter(NamedTuple):
         inside = where._replace(location=enter(body, locate(eqn, where.location)))
         if name == "scan":
             return self.scan(eqn, body, operands, given, inside)
+        # Its derivative is that of the function with the ReLU, and wrong for what takes its place.
         if name.startswith("custom_"):
             self._refuse(eqn, where)
 
         def run(operands: list[Any], given: Mapping[str, Any]) -> Any:
             return self.body(body, operands, given, inside)
 
+        # Of the calls that only group, `remat` alone says something of the backward pass.
         if name in ("remat2", "checkpoint"):
             names = ("prevent_cse", "policy")
             run = jax.checkpoint(run, **{name: eqn.params[name] for name in names})
@@ -137,6 +140,7 @@ class _Rewriter(NamedTuple):
             operands[fixed + carry :],
         )
         plans = (self.plans[path] for path in under(self.plans, where.path))
+        # Layers outside of the scan have no axis of turns to slice.
         names = {plan.layer.name for plan in plans if plan.layer is not None}
 
         def turn(carried: list[Any], slices: Any) -> Any:

@@ -203,6 +203,7 @@ class _Inliner:
             source = [moved[v] for v in eqn.invars if not isinstance(v, Literal) and v in moved]
             if source and eqn.primitive.name in _MOVES:
                 source = self._append(eqn, source, location)
+            # What else is in the body is elementwise: its result lies as x does.
             moved.update(zip(eqn.outvars, source, strict=False))
         return moved[body.outvars[0]]
 
@@ -212,6 +213,7 @@ def _body(eqn: Any, spikes: list[bool], rewrite: Rewrite | None) -> ClosedJaxpr 
     name = eqn.primitive.name
     if is_mark(eqn):
         return None
+    # With quantizers it has neurons at every turn; without, it stays one operation, however long.
     if name == "scan" and eqn.params["length"]:
         return _unrolled(eqn) if contains(eqn.params["jaxpr"].jaxpr, is_mark) else None
     if name not in BODIES:
@@ -251,6 +253,7 @@ def _scanned(eqn: Any, spikes: list[bool], location: Location) -> Trace:
     closed = eqn.params["jaxpr"]
     num_carry, num_fixed = _count_carry(eqn)
     spikes, first = list(spikes), num_fixed - num_carry
+    # What spikes put into the carry reaches all that the next turn makes of it.
     while True:
         body = _trace(closed, spikes, enter(closed, location))
         after = reached(body.spiking, body.outputs)[:num_carry]
@@ -311,6 +314,7 @@ def _live(ops: list[Op], outputs: Sequence[Atom]) -> tuple[Op, ...]:
     needed = set(variables(outputs))
     kept = []
     for op in reversed(ops):
+        # An effect is wanted where no output needs it.
         if op.effects or needed.intersection(op.outputs):
             needed.update(variables(op.inputs))
             kept.append(op)
