@@ -36,6 +36,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         OSError: it cannot be written, on a full disk for example; the error has its name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it, because a rename is one step within one file system only.
     scratch = path.with_name(f".{path.name}.part")
     try:
         with open(scratch, "wb") as file:
@@ -57,6 +58,7 @@ def read_small(path: Path) -> bytes:
         OSError: it cannot be read, is a pipe or a device, which may never end, or far too large.
     """
     found = path.stat()
+    # A folder goes on to an error of its own, when it is read.
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     if found.st_size > _MOST_BYTES:
@@ -80,6 +82,7 @@ def check_writable(folder: Path) -> None:
         ValueError: none can; the message has the cause.
     """
     check_encodable(folder)
+    # Several processes may check one folder at once.
     probe = folder / f".write-{os.getpid()}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +131,7 @@ def hold(path: Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
+        # Not "w", which would empty the line in which a holder says who it is.
         file = stack.enter_context(open(lock, "a+"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,6 +151,7 @@ def hold(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
+            # While it is held: whoever has opened it by then finds that it is gone, see above.
             lock.unlink(missing_ok=True)
 
 
@@ -176,6 +181,7 @@ def uninterrupted() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
         if came:
+            # To the handler of before, which may be a run's.
             signal.raise_signal(signal.SIGINT)
 
 

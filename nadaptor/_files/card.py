@@ -31,6 +31,7 @@ def seal(card: Mapping[str, Any]) -> dict[str, Any]:
         >>> sorted(seal({"kind": "ann"}))
         ['card_digest', 'format', 'kind']
     """
+    # As it is read back: keys that are numbers become text, by which the digest orders them.
     full = {**json.loads(json.dumps(card)), "format": FORMAT}
     full.pop(_DIGEST, None)  # of a card that was sealed before
     return {**full, _DIGEST: digest(full)}
@@ -55,6 +56,7 @@ def unseal(card: Any) -> dict[str, Any]:
     if _DIGEST in card:
         if card[_DIGEST] != digest({k: v for k, v in card.items() if k != _DIGEST}):
             raise DamagedError("its digest is another")
+    # Without a digest a card of today does not pass for one of format 1.
     elif "format" in card:
         raise DamagedError(f"it lacks {_DIGEST}")
     return card
@@ -126,8 +128,10 @@ def _check_type(name: str, value: Any, wanted: Any) -> None:
                 continue
         raise DamagedError(f"its {name} is {brief(value)}, which is no {wanted}")
     origin, inner = typing.get_origin(wanted) or wanted, typing.get_args(wanted)
+    # A number that is whole may be written without a point.
     if wanted is Any or (origin is float and type(value) is int):
         return None
+    # Not isinstance, to which True is an int.
     if type(value) is not origin:
         raise DamagedError(f"its {name} is {brief(value)}, which is no {origin.__name__}")
     for key, part in value.items() if origin is dict else enumerate(value) if inner else ():

@@ -59,6 +59,7 @@ def dry_run(config: Config, options: Options) -> Cost:
     inputs = placed.put(batch.images), placed.put(batch.labels), key
     print(f"parameters {parameters}\ncompiling a step, which takes minutes on a CPU", flush=True)
     started = time.perf_counter()
+    # From the shapes of the state: to compile a step takes no memory for what it will run on.
     compiled = placed.step.lower(shapes, *inputs).compile()
     compile_seconds = time.perf_counter() - started
     temporary = getattr(compiled.memory_analysis(), "temp_size_in_bytes", None)
@@ -79,6 +80,7 @@ def _free_bytes() -> int:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return 1024 * int(fields["MemAvailable"].split()[0])
     except (OSError, KeyError):
+        # Without /proc all the memory that there is stands for what is free.
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -89,6 +91,7 @@ def _step_seconds(step: Callable[..., Any], state: Any, inputs: tuple[Any, ...])
         started = time.perf_counter()
         for _ in range(STEPS):
             state, _ = jax.block_until_ready(step(state, *inputs))
+    # An accelerator refuses what it cannot hold by an error; on a CPU the program would be killed.
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -101,6 +104,7 @@ def _made_up(config: Config, options: Options) -> Source | None:
     try:
         open_split(config.data, "train", options.data_dir)
     except ValueError as error:
+        # A bad value is told as such, and not as images that are missing.
         images = stand_in(check_config(config).data)
         if images is None:
             raise

@@ -88,6 +88,7 @@ def resident_steps(
     shapes = jax.eval_shape(one, state, 0)[1]
     rows = indices.shape[1]
     metrics = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), shapes)
+    # Not a scan, which would fix the number of steps: a shorter span needs no program of its own.
     return jax.lax.fori_loop(0, count, body, (state, metrics))
 
 
@@ -123,11 +124,14 @@ def _resident(run: Run, start_step: int) -> Feed:
     """All steps until the next snapshot as one program, its images on the devices."""
     placed = run.place(_looped(run.step), RESIDENT)
     key = placed.replicate(run.keys.steps)
+    # A limit on the training images changes `size` alone: what is resident is the whole split.
     images, labels = (placed.replicate(x[: run.images.size]) for x in run.images.resident or ())
     lengths = run.epoch_steps, run.options.snapshot_steps or run.epoch_steps
 
     def advance(state: Any, steps: range) -> tuple[Any, Any]:
+        # All spans have one shape, and `count` says where the padding begins.
         padding = ((0, min(lengths) - len(steps)), (0, 0))
+        # Devices take their parts along the leading axis, and so that is the one of the batch.
         indices = placed.put(np.ascontiguousarray(np.pad(run.indices(steps), padding).T))
         count = placed.replicate(np.int32(len(steps)))
         return placed.step(state, indices, images, labels, count, key)

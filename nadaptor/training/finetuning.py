@@ -108,6 +108,7 @@ def fine_tune(
     params = jax.tree.map(jnp.asarray, variables["params"])
     num_steps = check_count(tuning.num_steps, "num_steps")
     update = functools.partial(_update, model, optimizer, num_steps, images.spec, devices.axis_name)
+    # Of (state, images, labels); there is no key, because nothing in a step is drawn.
     placed = place_step(update, devices, "pmap", (False, True, True))
     state, losses = placed.replicate((params, optimizer.init(params))), []
     print(f"fine-tunes in {total} steps on {devices}")
@@ -115,6 +116,7 @@ def fine_tune(
     with contextlib.closing(stream):
         for batch in stream:
             state, loss = placed.step(state, placed.put(batch.images), placed.put(batch.labels))
+            # Waits for the step: on a CPU, collectives that run ahead may deadlock.
             losses.append(float(loss))
             if not jnp.isfinite(loss):
                 raise RunError(f"the loss is {loss} at step {batch.step}; lower the learning rate")
@@ -162,6 +164,7 @@ def time_loss(
         neuron=NEURON,
         steps_per_chunk=num_steps,
     )
+    # [T, B]: the outputs are the running means at every t, [T, B, classes].
     targets = jnp.broadcast_to(labels, sim.outputs.shape[:-1])
     return optax.softmax_cross_entropy_with_integer_labels(sim.outputs, targets).mean()
 

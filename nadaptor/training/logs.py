@@ -21,6 +21,7 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         folder: the run's folder; made where it is missing.
         rows: at least one, all of the same columns.
     """
+    # Anew each time, not appended: epochs that a resumed run does again would stand there twice.
     write_bytes(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
     write_csv(folder / "metrics.csv", rows)
 
@@ -65,6 +66,7 @@ class Log:
 
     def step(self, step: int, loss: float, accuracy: float, rate: float, batch: int) -> None:
         """Shows one step: at once on a terminal, and every half minute as a line elsewhere."""
+        # In seconds, without the validations still to come, which the rate leaves out as well.
         left = (self._total - step - 1) * batch / rate
         text = f"loss {loss:.4f}, accuracy {percent(accuracy)}, {rate:.1f} images/s"
         self._bar.set_postfix_str(text, refresh=False)

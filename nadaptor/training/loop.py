@@ -70,6 +70,7 @@ def train(config: Config, workdir: Path, options: Options = DEFAULT) -> Path:
         Interrupted: SIGTERM, SIGINT or SIGHUP came; the message says what is saved.
     """
     check_local(workdir, "workdir")
+    # Before anything else uses jax: afterwards it cannot connect processes.
     start_processes(options.coordinator, options.num_processes, options.process_id)
     return _train(config, workdir, options, Deadline(options.max_minutes))
 
@@ -125,6 +126,7 @@ def fit(
     """
     config, devices = run.config, run.devices
     tally, rows = restore_tally(start.card)
+    # Until the first epoch ends, the rate has the compilation in it.
     waiting, fetched, rate, started = deque(), 0, 0.0, time.perf_counter()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(run, folder, start.step))
@@ -136,7 +138,9 @@ def fit(
             waiting.append((span, metrics))
             done, ended = span.stop, told(call)
             epoch_ends = done % run.epoch_steps == 0
+            # Without snapshot_steps the remainder, by done + 1, is never 0.
             snapshot = epoch_ends or ended or done % (run.options.snapshot_steps or done + 1) == 0
+            # Metrics are fetched some steps late, and all of them for a snapshot's tally.
             while len(waiting) >= (1 if snapshot else devices.in_flight):
                 for step, loss, accuracy in _fetch(*waiting.popleft()):
                     tally = add_step(tally, step, loss, accuracy, run.images.spec.num_classes)
@@ -148,10 +152,13 @@ def fit(
                 accuracy = ann_accuracy(run.model, variables, run.validation, devices=devices)
                 rows.append(epoch_row(tally, done, rate, accuracy))
                 log.epoch(rows)
+                # A loss that diverges is counted over the ends of epochs.
                 tally = EMPTY._replace(high_since=tally.high_since)
                 fetched, started = 0, time.perf_counter()
+            # While the loss is far above guessing, the last good snapshot stays the newest.
             if snapshot and tally.high_since < 0:
                 snapshots.save(done, state, _progress(tally, rows, start.card.get("parent")))
+            # A run that is told to end at its very last step is finished.
             if ended and done < run.total_steps:
                 raise told.error(_what_is_saved(done, snapshots.last_on_disk()))
         return _result(run, snapshots, state, rows)
@@ -244,6 +251,7 @@ def _train_parent(run: Run, parent: Config, workdir: Path, deadline: Deadline) -
         _finished(checkpoint, run, parent, INHERITED)
     else:
         _train(parent, workdir, run.options, deadline)
+        # Process 0 alone writes the parent's checkpoint, which all are about to read.
         _meet(parent.name)
 
 
@@ -325,6 +333,7 @@ def _finished(checkpoint: Path, run: Run, config: Config, fields: Iterable[str])
 def _check_config(
     checkpoint: Path, card: Mapping[str, Any], config: Config, fields: Iterable[str]
 ) -> None:
+    # By way of a config: the card may be of a version that had other names.
     trained, wanted = to_json(from_json(card["config"])), to_json(config)
     if field := first_difference(*({k: c[k] for k in fields} for c in (trained, wanted))):
         raise ValueError(

@@ -45,6 +45,7 @@ def add_step(tally: Tally, step: int, loss: float, accuracy: float, num_classes:
     """
     if not math.isfinite(loss):
         raise RunError(f"the loss is {loss} at step {step}; lower the learning rate")
+    # With one class the loss of guessing is 0, and every loss would be above it.
     limit = DIVERGED_FACTOR * math.log(max(num_classes, 2))
     since = -1 if loss <= limit else step if tally.high_since < 0 else tally.high_since
     if since >= 0 and step - since + 1 >= DIVERGED_STEPS:

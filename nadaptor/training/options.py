@@ -58,6 +58,7 @@ class Deadline:
         """
         if minutes is not None and not 0 < minutes < float("inf"):
             raise ValueError(f"max_minutes must be positive, not {minutes!r}")
+        # Not by the time of day, which may be set while a run goes on.
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
 
     def minutes_left(self) -> float | None:

@@ -117,6 +117,7 @@ def open_run(
     if options.snapshot_steps is not None:
         check_count(options.snapshot_steps, "snapshot_steps")
     size, parts = config.step.batch_size, config.step.micro_batches
+    # What devices share is a micro-batch; `check_batch` refuses one of no images.
     devices = choose_devices(options.num_devices, max(1, size // parts), before)
     check_batch(size, parts, devices)
     validation = images
@@ -154,6 +155,7 @@ def first_state(run: Run, pretrained: Any | None) -> TrainState:
     config, keys = run.config, run.keys
     stream = batches(run.images, config.step.augmentation, config.seed, config.step.batch_size)
     first = next(stream)
+    # Ends the threads, which are making the next batches already.
     stream.close()
     spec = run.images.spec
     images = jax.jit(lambda k, x: augment_batch(k, x, spec, config.step.augmentation))(
@@ -171,6 +173,7 @@ def first_state(run: Run, pretrained: Any | None) -> TrainState:
 
 def state_shape(run: Run) -> TrainState:
     """Returns the structure and shapes of the run's state; computes nothing."""
+    # Pre-trained weights change values, and no shape: they are left out.
     shape = (run.config.step.batch_size, *run.images.spec.image_shape)
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     averaged = run.config.step.ema_decay > 0
@@ -197,6 +200,7 @@ def read_weights(run: Run, path: Path) -> tuple[Any, dict[str, str]]:
     from nadaptor.interop.pretrained import file_identity, load_pretrained
 
     one = jnp.zeros((1, *run.images.spec.image_shape), jnp.float32)
+    # The values serve a new head alone; for everything else the file has its own.
     random = jax.jit(run.model.init)(run.keys.start, one)
     variables = load_pretrained(path, random, new_head=run.options.new_head)
     return variables, file_identity(path)

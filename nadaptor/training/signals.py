@@ -27,6 +27,7 @@ class Told:
         self, agreed: Callable[[int], bool] | None = None, deadline: Deadline = ENDLESS
     ) -> None:
         """Takes how several processes agree on the step to end at, and when it is time."""
+        # Of several processes jax handles SIGTERM itself, and `handle` does not hear of it.
         self.number: int = signal.SIGTERM
         self._came = self._began = False
         self._agreed, self._deadline = agreed, deadline
@@ -37,6 +38,7 @@ class Told:
         if self._deadline.over() and not self._came:
             self._came = True
             if self._agreed:
+                # As a signal, for jax to agree with the other processes on a step.
                 os.kill(os.getpid(), signal.SIGTERM)
         return self._agreed(call) if self._agreed else self._came
 
@@ -57,11 +59,13 @@ class Told:
         """Reads the signals' numbers as they come, also while the main thread compiles."""
         came = 0
         while number := os.read(reads, 1):
+            # Signals of other handlers in Python come through the pipe as well.
             came += number[0] in ENDING
             again = number[0] == signal.SIGINT and came > 1
             if again or (number[0] in ENDING and number[0] != signal.SIGINT and not self._began):
                 what = "told to end twice" if again else _NOTHING_LOST
                 print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr, flush=True)
+                # sys.exit would end this thread alone.
                 os._exit(128 + number[0])
 
 
@@ -83,9 +87,11 @@ def told_to_end(process_count: int, deadline: Deadline = ENDLESS) -> Iterator[To
     # A signal that is ignored, as SIGHUP is under nohup, stays so.
     taken = [s for s in ENDING if signal.getsignal(s) is not signal.SIG_IGN]
     if process_count > 1:
+        # jax has a handler of its own, by which the processes agree on a step.
         taken = [s for s in taken if s != signal.SIGTERM]
     before = {number: signal.signal(number, told.handle) for number in taken}
     reads, writes = os.pipe()
+    # As set_wakeup_fd demands: what writes is the handler of a signal.
     os.set_blocking(writes, False)
     woken = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     watcher = threading.Thread(target=told.watch, args=(reads,), daemon=True)
@@ -96,6 +102,7 @@ def told_to_end(process_count: int, deadline: Deadline = ENDLESS) -> Iterator[To
         signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
+        # Only now, when no signal writes there any more: the watcher reads the end, and returns.
         os.close(writes)
         watcher.join()
         os.close(reads)

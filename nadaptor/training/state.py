@@ -23,6 +23,7 @@ class TrainState(NamedTuple):
     @property
     def variables(self) -> dict[str, Any]:
         """What the network is evaluated with: the averaged parameters where they are kept."""
+        # The statistics are those of the last parameters: the average has none of its own.
         params = self.params if self.average is None else self.average
         return {"params": params, "batch_stats": self.batch_stats}
 

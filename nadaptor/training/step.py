@@ -83,6 +83,7 @@ def train_step(
         The new state, scales at their positive floor or above, and the metrics of the batch.
     """
     step_key = jax.random.fold_in(key, state.step)
+    # The devices hold the batch in its order, and of each micro-batch a part in the same order.
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     first = first * (len(labels) // config.micro_batches)
 
@@ -99,11 +100,13 @@ def train_step(
     parts = config.micro_batches
     batch_stats, (grads, metrics) = _in_parts(one, state.batch_stats, images, labels, parts)
     if axis_name is not None:
+        # The statistics need no mean: batch norm averages its moments over the axis itself.
         grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = project_scales(optax.apply_updates(state.params, updates))
     average = state.average
     if average is not None:
+        # Optax takes the fraction of the new value.
         average = optax.incremental_update(params, average, 1 - config.ema_decay)
     return TrainState(state.step + jnp.int32(1), params, batch_stats, opt_state, average), metrics
 
@@ -132,6 +135,7 @@ def _gradients(
             losses = optax.softmax_cross_entropy(logits, targets)
         else:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        # A network without batch norm has no statistics.
         return losses.mean(), (logits, updated.get("batch_stats", {}))
 
     (loss, (logits, updated)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
@@ -148,6 +152,7 @@ def _in_parts(
     """Runs `one` on each micro-batch in turn; returns the last statistics, and means."""
     if count == 1:
         return one(batch_stats, (images, labels, jnp.int32(0)))
+    # [B, ...] -> [A, B / A, ...]: part i is images i, i + A, i + 2A and so on.
     parts = [
         x.reshape(len(x) // count, count, *x.shape[1:]).swapaxes(0, 1) for x in (images, labels)
     ]
