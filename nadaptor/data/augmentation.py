@@ -14,6 +14,7 @@ from nadaptor.data.autoaugment import auto_augment
 from nadaptor.data.source import Spec, normalize
 
 Augmentation = Literal["none", "crop_flip", "autoaugment", "random_resized_crop"]
+# In pixels: of a crop on each side, and of Cutout's square.
 PADDING = 4
 CUTOUT = 16
 
@@ -76,6 +77,7 @@ def crop_and_flip(key: jax.Array, image: jax.Array, padding: int = PADDING) -> j
         [H, W, C].
     """
     crop_key, flip_key = jax.random.split(key)
+    # Black before the normalisation, as torchvision pads an image.
     padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     top, left = jax.random.randint(crop_key, (2,), 0, 2 * padding + 1)
     cropped = jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)

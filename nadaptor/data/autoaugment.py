@@ -81,6 +81,7 @@ def auto_augment(key: jax.Array, image: jax.Array) -> jax.Array:
     signs = jax.random.rademacher(sign_key, (2,), jnp.float32)
     for i in range(2):
         operation, probability, centre, swing = (jnp.asarray(t)[chosen, i] for t in _tables())
+        # Under vmap a condition would compute both of its branches, too.
         changed = apply_operation(image, operation, centre + signs[i] * swing)
         image = jnp.where(draws[i] < probability, changed, image)
     return image
@@ -111,11 +112,14 @@ def apply_operation(image: jax.Array, operation: jax.Array, amount: jax.Array) -
         first = OPERATIONS.index(next(iter(family)))
         return jax.lax.switch(operation - first, list(family.values()), pixels, amount)
 
+    # Under vmap a switch computes every branch. So a gather, a blend and a look-up stand outside of
+    # it, and are done once each.
     results = (
         _move(pixels, choose(_MATRICES)),
         _blend(choose(_DEGENERATES), pixels, amount),
         _look_up(choose(_TABLES), pixels),
     )
+    # OPERATIONS has the families one after another, and these are the first of theirs.
     enhances, looks_up = (operation >= OPERATIONS.index(name) for name in ("color", "invert"))
     family = jnp.int32(enhances) + jnp.int32(looks_up)
     return jax.lax.select_n(family, *results).astype(jnp.uint8)
@@ -124,6 +128,7 @@ def apply_operation(image: jax.Array, operation: jax.Array, amount: jax.Array) -
 def _move(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
     """Takes each pixel from the one that holds `matrix @ (x, y, 1)` of its centre."""
     height, width, _ = pixels.shape
+    # Pillow maps the centre of a pixel.
     x, y = jnp.arange(width) + 0.5, jnp.arange(height)[:, None] + 0.5
     column, row = (jnp.floor(a * x + b * y + c).astype(jnp.int32) for a, b, c in matrix)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
@@ -133,6 +138,7 @@ def _move(pixels: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def _blend(degenerate: jax.Array, pixels: jax.Array, factor: jax.Array) -> jax.Array:
     blended = degenerate + factor * (pixels - degenerate)
+    # Pillow cuts off, and does not round.
     return jnp.floor(blended.clip(0, 255)).astype(jnp.int32)
 
 
@@ -171,6 +177,7 @@ def _grey(pixels: jax.Array, _: jax.Array) -> jax.Array:
 
 def _mean_grey(pixels: jax.Array, factor: jax.Array) -> jax.Array:
     luma = _grey(pixels, factor)[..., 0]
+    # Pillow's int(mean + 0.5), in whole numbers.
     return jnp.full_like(pixels, (2 * luma.sum() + luma.size) // (2 * luma.size))
 
 
@@ -183,6 +190,7 @@ def _smooth(pixels: jax.Array, _: jax.Array) -> jax.Array:
     height, width, _channels = pixels.shape
     rows = pixels[:-2] + pixels[1:-1] + pixels[2:]
     sums = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * pixels[1:-1, 1:-1]
+    # A thirteenth of the sum, rounded.
     return pixels.at[1 : height - 1, 1 : width - 1].set((2 * sums + 13) // 26)
 
 
@@ -212,6 +220,7 @@ def _equalize(pixels: jax.Array, _: jax.Array) -> jax.Array:
     # All but the pixels of the brightest tone, in 255 steps.
     step = jnp.take_along_axis(below, flat.max(0)[None], 0)[0] // 255
     even = (step // 2 + below) // jnp.maximum(step, 1)
+    # Pillow leaves an image as it is where the step is 0.
     return jnp.where(step > 0, even.clip(0, 255), _tones())
 
 
@@ -258,6 +267,7 @@ def _amount(operation: str, magnitude: int) -> tuple[float, float]:
     if operation in _SIGNED:
         centre, most = _SIGNED[operation]
         return centre, most * magnitude / 9
+    # Bits that stay, from 8 to 4; and the tone from which on to invert, from 256, none, to 0, all.
     unsigned = {"posterize": round(8 - 4 * magnitude / 9), "solarize": 256 - 256 * magnitude / 9}
     return unsigned.get(operation, 0), 0
 

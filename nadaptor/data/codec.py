@@ -64,6 +64,7 @@ def read_size(data: bytes, name: str) -> tuple[int, int]:
     try:
         height, width = _turbo().decode_jpeg_header(data)[:2] if data.startswith(_JPEG) else (0, 0)
     except (ImportError, ValueError):
+        # Pillow may read a head that the other refuses, and is there where that is not installed.
         height = width = 0
     if not height:
         image = _open(data, name)
@@ -147,6 +148,8 @@ def _decode_pillow(data: bytes, name: str, reduction: int) -> np.ndarray:
             f"{printable(name)} has pixels of mode {image.mode}, whose range is not known; "
             "save it with 8 or 16 bits per channel, or remove it"
         )
+    # Of the size wanted Pillow makes a reduction by division without rest: rounded up, that size
+    # would give a smaller one. What it decodes is rounded up all the same.
     image.draft(image.mode, (max(image.width // reduction, 1), max(image.height // reduction, 1)))
     try:
         if image.mode.startswith("I;16"):
@@ -165,6 +168,7 @@ def _open(data: bytes, name: str) -> Any:
 
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    # The warning comes as an error where a program has warnings raised.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _TooLarge(f"{printable(name)} is too large: {error}; {_SHRINK}") from error
     except Exception as error:

@@ -17,9 +17,11 @@ from nadaptor.data.source import Example, printable
 
 # Pixels per side of a photograph in a batch, unless a config says otherwise.
 IMAGE_SIZE = 224
+# These three are those of torchvision's RandomResizedCrop.
 AREA = (0.08, 1.0)  # fraction of the image
 ASPECT = (3 / 4, 4 / 3)  # width by height
 ATTEMPTS = 10
+# One more, for the flip.
 NUM_DRAWS = 4 * ATTEMPTS + 1
 
 
@@ -81,6 +83,7 @@ def training_image(example: Example, size: int, draws: np.ndarray) -> np.ndarray
         box = random_box(height, width, draws)
         reduction = max(k for k in (1, 2, 4, 8) if k == 1 or min(box[2:]) >= k * size)
         image = decode(example.image, example.name, reduction)
+        # Not 1 / reduction: a side that is not a multiple is rounded up.
         down, across = image.shape[0] / height, image.shape[1] / width
         top, left = round(box.top * down), round(box.left * across)
         box = Box(top, left, round(box.height * down), round(box.width * across))
@@ -91,6 +94,7 @@ def training_image(example: Example, size: int, draws: np.ndarray) -> np.ndarray
     cv2 = _opencv()
     resized = cv2.resize(crop, (size, size), interpolation=cv2.INTER_LINEAR_EXACT)
     flipped = cv2.flip(resized, 1) if draws[-1] < 0.5 else resized
+    # OpenCV drops an axis of one channel.
     return flipped.reshape(size, size, -1)
 
 
@@ -113,7 +117,9 @@ def evaluation_image(example: Example, shape: tuple[int, int, int]) -> np.ndarra
 
     image = decode(example.image, example.name)
     size, short = shape[0], round(shape[0] * 8 / 7)
+    # torchvision's Resize cuts off the fraction of the longer side; its CenterCrop rounds.
     height, width = (short * side // min(image.shape[:2]) for side in image.shape[:2])
+    # A strip of 5000x1 pixels, a file of 85 bytes, would become one of 1,280,000x256.
     if height * width > MAX_PIXELS:
         raise ValueError(
             f"{printable(example.name)} has {image.shape[1]}x{image.shape[0]} pixels, too thin "
@@ -141,6 +147,7 @@ def average_down(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     if image.shape == shape:
         return image
     cv2 = _opencv()
+    # OpenCV has the width first.
     return cv2.resize(image, shape[1::-1], interpolation=cv2.INTER_AREA).reshape(shape)
 
 

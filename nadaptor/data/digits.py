@@ -50,6 +50,7 @@ def open_digits(split: SplitName, validation_size: int) -> Source:
     if split not in bounds:
         raise ValueError(f"split must be one of {', '.join(bounds)}, not {split!r}")
     chosen = permutation(size, 0, 0)[slice(*bounds[split])]
+    # scikit-learn has them as floats, all of them whole numbers.
     images = digits.images[chosen, :, :, None].astype(np.uint8)
     identity = {"dataset": "digits", "split": split, "class_names": [str(i) for i in range(10)]}
     return resident_source(SPEC, Split(images, digits.target[chosen].astype(np.int32)), identity)

@@ -26,6 +26,7 @@ from nadaptor.data.source import (
 )
 
 SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+# In this order: ImageNet's test images have no labels, and results are of its validation set.
 TEST_FOLDERS = ("val", "validation", "test")
 # So many files, spread over the training set, tell whether all are alike.
 PROBES = 64
@@ -85,6 +86,7 @@ def open_folder(
     _check_classes(stored, classes)
     own = _own_size(root, classes)
     spec = _spec(root, classes, own, image_size)
+    # Also for test images, whose identity has the digest of the training files.
     trained = _files(root / "train", classes)
     files = _files(stored, classes) if split == "test" else trained
     chosen = hold_out(len(files), validation_size, split)
@@ -122,6 +124,7 @@ def _own_size(root: Path, classes: Sequence[str]) -> int | None:
         for path in _images(root / "train" / name)[:each]:
             sizes.add(read_size(read_file(path), path))
             if len(sizes) > 1:
+                # Photographs end the search here, mostly at the second file.
                 return None
     height, width = sizes.pop()
     return height if height == width and height < IMAGE_SIZE else None
@@ -162,6 +165,7 @@ def _test_folder(root: Path) -> Path:
 
 
 def _class_names(folder: Path) -> list[str]:
+    # Sorted as torchvision does, so that labels mean the same to its weights.
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
     if not names:
         raise ValueError(f"{folder} holds no class folders; it must hold CLASS/*.JPEG")
@@ -207,5 +211,6 @@ def _check_shown(name: str, folder: Path) -> None:
 
 
 def _digest(files: list[_File], folder: Path) -> str:
+    # Of names alone: for a digest of their contents all images would be read at every start.
     names = "\n".join(os.path.relpath(path, folder) for path, _ in files)
     return hashlib.sha256(names.encode()).hexdigest()

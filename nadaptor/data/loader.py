@@ -82,11 +82,13 @@ def batches(
         (7, (64, 8, 8, 1))
     """
     part = part_of(batch_size, process_index, process_count)
+    # For what it raises, before any thread is started.
     steps_per_epoch(source.size, batch_size)
     crops = augmentation == "random_resized_crop"
 
     def make(step: int) -> Batch:
         indices = batch_indices(source.size, seed, step, batch_size)[part]
+        # By the place in the whole batch: an image's crop is the same for any number of processes.
         draws = _draws(seed, step, np.arange(batch_size)[part]) if crops else None
         return _make_batch(source, step, indices, draws, len(indices))
 
@@ -129,6 +131,7 @@ def evaluation_batches(
 
     def make(step: int) -> Batch:
         indices = np.arange(step * batch_size, (step + 1) * batch_size)[part]
+        # A part may be padding alone: a process without a batch would leave the others waiting.
         return _make_batch(source, step, indices[indices < source.size], None, size)
 
     steps = range(-(-source.size // batch_size))
@@ -227,6 +230,7 @@ def _draws(seed: int, step: int, places: np.ndarray) -> np.ndarray:
     streams = [
         np.random.Philox(key=[seed, 0], counter=[0, 1, step, int(place)]) for place in places
     ]
+    # The upper 53 of 64 bits: so many a float64 holds.
     return (np.stack([stream.random_raw(NUM_DRAWS) for stream in streams]) >> 11) * 2.0**-53
 
 

@@ -74,6 +74,7 @@ def open_split(
             raise ValueError(
                 f"train_size {data.train_size} is more than the {source.size} there are"
             )
+        # What is resident stays whole: only its first `size` images are meant.
         source = source._replace(size=data.train_size)
     if limit is not None:
         source = source._replace(size=min(source.size, check_count(limit, "num_images")))
@@ -99,6 +100,7 @@ def get_spec(dataset: str, data_dir: Path | None = None, image_size: int | None 
     known = {"digits": digits.SPEC, "synthetic": synthetic.SPEC, **prepared.KNOWN}
     if dataset in known:
         spec = known[dataset]
+        # Photographs are cropped to any size; images of one shape can only be averaged down.
         fixed = None if dataset in prepared.PHOTOGRAPHIC else spec.image_shape
         return sized_spec(spec, fixed, image_size)
     root = resolve_data_dir(data_dir)
@@ -195,6 +197,7 @@ def batch_indices(size: int, seed: int, step: int, batch_size: int) -> np.ndarra
     return _order(size, seed, epoch)[index * batch_size : (index + 1) * batch_size]
 
 
+# Without the cache each batch would sort all images; threads ahead are in the next epoch already.
 _order = functools.lru_cache(maxsize=4)(permutation)
 
 

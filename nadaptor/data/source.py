@@ -45,7 +45,8 @@ class Source(NamedTuple):
     spec: Spec
     size: int  # examples
     read: Callable[[int], Example]  # 0 to size - 1; called from several threads at once
-    resident: Split | None  # all of it as uint8, where it is small enough to lie in memory
+    # All that is stored of it as uint8, also beyond `size`, where it is small enough for memory.
+    resident: Split | None
     identity: Mapping[str, Any]  # for the checkpoint: what JSON can hold, "class_names" among it
 
 

@@ -40,7 +40,9 @@ def stand_in(data: DataConfig) -> Source | None:
         return None
 
     def read(index: int) -> Example:
+        # Seeded by the index, because threads read in any order.
         pixels = np.random.default_rng(index).integers(0, 256, spec.image_shape, np.uint8)
         return Example(pixels, index % spec.num_classes, f"made-up image {index}")
 
+    # Never resident, as CIFAR is: the steps that are measured read from the host.
     return Source(spec, size, read, None, {"dataset": data.dataset, "split": "stand-in"})

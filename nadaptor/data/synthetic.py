@@ -39,8 +39,10 @@ def open_synthetic(split: SplitName, validation_size: int) -> Source:
     """
     total = SIZE if split != "test" else SIZE // 4
     chosen = hold_out(total, validation_size, split)
+    # A key of their own for the test images, which nothing is trained on.
     bits = np.random.Philox(key=[0, split == "test"])
     labels = (bits.random_raw(total) % SPEC.num_classes).astype(np.int32)
+    # Eight pixels in each 64-bit word.
     images = bits.random_raw(total * math.prod(SPEC.image_shape) // 8).view(np.uint8)
     images = images.reshape(total, *SPEC.image_shape)
     identity = {"dataset": "synthetic", "split": split, "class_names": []}
