@@ -19,6 +19,7 @@ def bind_steps(
     if steps is None:
         return op.bind(*operands)
     axes = [None if kind is None else 0 for kind in kinds]
+    # A callback has to see each step by itself, in the order of the steps.
     if op.effects or op.primitive.name in _NO_BATCHING:
         each = [
             op.bind(*(x if axis is None else x[i] for x, axis in zip(operands, axes, strict=True)))

@@ -109,6 +109,7 @@ def conv_general_dilated(
         "preferred_element_type": (preferred_element_type, None),
         **{name: (value, None) for name, value in kwargs.items()},
     }
+    # Only what is not its default is passed on: older versions of JAX do not know the newer names.
     special = {name: given for name, (given, default) in special.items() if given != default}
     dilations = tuple(lhs_dilation or (1, 1)), tuple(rhs_dilation or (1, 1))
     dtype, floats = jnp.result_type(lhs), map(jnp.dtype, _FLOATS)
@@ -132,6 +133,7 @@ def conv_general_dilated(
             **special,
         )
     dims = jax.lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    # As pairs of ints: compiled functions are kept by them, and the dots slice by them.
     if isinstance(padding, str):
         sizes = (rhs.shape[i] for i in dims.rhs_spec[2:])
         window = [(size - 1) * d + 1 for size, d in zip(sizes, dilations[1], strict=True)]
@@ -150,6 +152,7 @@ def _plain_gradient(x: jax.Array, g: jax.Array, *, conv: _Conv) -> jax.Array:
     """The gradient in the kernel as JAX has it."""
     aval = jax.typeof(x)
     mesh, varies = aval.sharding.mesh, aval.manual_axis_type
+    # On an explicit mesh the kernel lies whole on each device; in shard_map it varies as x does.
     whole = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
     kernel = jax.ShapeDtypeStruct(conv.kernel, x.dtype, sharding=whole, manual_axis_type=varies)
     return jax.linear_transpose(lambda w: _plain(x, w, conv=conv), kernel)(g)[0]
@@ -167,6 +170,7 @@ def nadaptor_convolution(conv: _Conv, x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _convolve_jvp(conv: _Conv, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> Any:
     (x, w), (dx, dw) = primals, tangents
+    # Of a fixed input or kernel the tangent is a symbol, and nothing is computed for it.
     parts = []
     if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
         parts.append(_plain(dx, w, conv=conv))
@@ -193,6 +197,7 @@ def _on_same_axes(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _kernel_gradient_on_cpu(x: jax.Array, g: jax.Array, *, conv: _Conv) -> jax.Array:
     """The gradient in the kernel as dots, whatever the layout."""
     dims = conv.dims
+    # Specs list batch, feature, rows, columns; that of the kernel outputs, inputs, rows, columns.
     to_nhwc = [[spec[i] for i in (0, 2, 3, 1)] for spec in (dims.lhs_spec, dims.out_spec)]
     x, g = (a.transpose(order) for a, order in zip((x, g), to_nhwc, strict=True))
     dw = _in_tiles(x, g, conv)
@@ -211,6 +216,7 @@ def _in_tiles(x: jax.Array, g: jax.Array, conv: _Conv) -> jax.Array:
         some_x, some_g = (jax.lax.dynamic_slice_in_dim(a, first, tile) for a in (x, g))
         return dw + _dots(some_x, some_g, conv), None
 
+    # The rest goes first, so that the loop has whole tiles only.
     first = number % tile or tile
     start = _dots(x[:first], g[:first], conv)
     return jax.lax.scan(add, start, jnp.arange(first, number, tile))[0]
@@ -221,6 +227,7 @@ def _tile(images: tuple[int, ...], gradients: tuple[int, ...], conv: _Conv) -> i
     number, height, width, channels = images
     columns = conv.kernel[conv.dims.rhs_spec[3]]
     fit = TILE_VALUES // (height * width * channels * columns)
+    # So many images that a dot adds up TILE_PIXELS, though they may leave the cache.
     enough = -(-TILE_PIXELS // max(1, gradients[1] * gradients[2]))
     tile = max(1, min(number, max(fit, enough)))
     divisor = max(n for n in range(1, tile + 1) if number % n == 0)
@@ -238,6 +245,7 @@ def _dots(x: jax.Array, g: jax.Array, conv: _Conv) -> jax.Array:
     edges = [(0, 0, 0), *((*edge, 0) for edge in conv.padding), (0, 0, 0)]
     x = jax.lax.pad(x, jnp.zeros((), wide), edges)
     reach = right * (broad - 1) + 1
+    # Patches [N, H, X, J * C]: the pixels under the columns of the kernel side by side.
     shifts = [x[:, :, j * step_right : j * step_right + reach : right] for j in range(columns)]
     patches = jnp.concatenate(shifts, -1)
     below = down * (high - 1) + 1
@@ -269,6 +277,7 @@ def _bilinear(name: str, function: Any) -> Primitive:
     def batched(args: Any, axes: Any, *, conv: _Conv) -> tuple[jax.Array, int]:
         return jax.vmap(functools.partial(function, conv=conv), in_axes=tuple(axes))(*args), 0
 
+    # Outside of jit, too: only a program that is lowered knows its platform.
     operation.def_impl(lambda *args, conv: compiled(conv)(*args))
     operation.def_abstract_eval(typed)
     batching.primitive_batchers[operation] = batched
@@ -278,6 +287,8 @@ def _bilinear(name: str, function: Any) -> Primitive:
 
 _kernel_tangent = _bilinear("kernel_tangent", _plain)
 _kernel_gradient = _bilinear("kernel_gradient", _plain_gradient)
+# Each is the other's transpose in its second operand, and so every derivative is one of the two
+# or a convolution of `lax`.
 ad.defbilinear(
     _kernel_tangent,
     lambda g, x, w, conv: _input_gradient(x.aval, w, g, conv),

@@ -90,6 +90,7 @@ def faster_convolution(
         and load_kernel().target is not None
     ):
         body = functools.partial(convolve_events, strides=strides)
+    # All that follows is for 3x3 filters at stride 1.
     elif window != [3, 3] or strides != (1, 1):
         return None
     elif (
@@ -119,6 +120,7 @@ def faster_convolution(
 
 def _is_plain(eqn: Any, spiking: Sequence[bool]) -> bool:
     """Whether this is a 2-D convolution of spikes with static weights, undilated, in float32."""
+    # A filter that spikes reach is another at every step, and cannot be transformed once.
     if eqn.primitive.name != "conv_general_dilated" or tuple(spiking) != (True, False):
         return False
     image, kernel = (var.aval for var in eqn.invars)
@@ -165,6 +167,7 @@ def _by_winograd_rows(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array
 
 def in_pairs(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     """Two columns of outputs at a time: a 3x4 filter at every second column."""
+    # The filter of the left output has a column of zeros on its right, and the other on its left.
     left, right = (jnp.pad(w, ((0, 0), edge, (0, 0), (0, 0))) for edge in ((0, 1), (1, 0)))
     y = jax.lax.conv_general_dilated(
         x,
@@ -173,6 +176,7 @@ def in_pairs(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+    # [N, H, W/2, 2 * D] in memory is [N, H, W, D] already.
     return y.reshape(*y.shape[:2], 2 * y.shape[2], w.shape[-1])
 
 

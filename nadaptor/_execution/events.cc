@@ -20,6 +20,7 @@ namespace {
 // a part. Twelve of them stay in registers as sums.
 constexpr int kLanes = 8;
 constexpr int kCache = 16;  // floats in a line of the cache
+// Aligned, so that the 16 sums of a pixel in the narrow block are one line.
 struct alignas(4 * kCache) Cache {
   float of[kCache];
 };
@@ -89,6 +90,7 @@ void list(const Shape& s, const float* x, Events& events) {
       events.starts[pixel++] = n;
       uint32_t c = 0;
       for (; c + kLanes <= s.channels; c += kLanes) {
+        // All eight are written, and only the spikes among them counted: no branch to foresee.
         const int byte = spikes_at(x + c);
         *(Entries*)(entries + n) = kPositions.of[byte] + (column << 16 | c);
         n += __builtin_popcount(byte);
@@ -103,6 +105,7 @@ void list(const Shape& s, const float* x, Events& events) {
 
 template <int V>
 inline void store(const Floats (&sum)[V], float* out, int64_t number) {
+  // The size of a whole block is known to the compiler.
   if (number == V * kLanes)
     std::memcpy(out, sum, sizeof sum);
   else
@@ -139,6 +142,7 @@ void gather(const Shape& s, const float* x, const Events& events, const float* w
       for (int64_t r = 0; r < s.right && r < s.columns; r++) {
         const int64_t column = (q + T - 1) * s.right + r - s.left;
         if (column < 0 || column >= s.width) continue;
+        // Where the stride does not divide the columns, the oldest output may have none here.
         const bool all = r + (T - 1) * s.right < s.columns;
         for (int64_t i = first; i < last; i++) {
           const int64_t pixel = (above + i) * s.width + column;
@@ -168,6 +172,7 @@ void scatter(const Shape& s, const float* x, const Events& events, const float* 
              int64_t number) {
   constexpr int64_t n = V * kLanes;
   static thread_local std::vector<Cache> room;
+  // So wide that what falls beside the output is added there, and not read.
   const int64_t tap = s.channels * n, line = std::max(s.out_width + T - 1, s.wide + T - 1) * n;
   room.assign((s.out_height * line + kCache - 1) / kCache, Cache{});
   float* const sums = room[0].of;
@@ -193,6 +198,7 @@ void scatter(const Shape& s, const float* x, const Events& events, const float* 
             }
       }
     };
+    // Nearly all rows of a 3x3 kernel at stride 1: with the number known, the loop is unrolled.
     above == 3 ? add(3) : add(above);
   }
   for (int64_t y = 0; y < s.out_height; y++)
@@ -256,6 +262,7 @@ ffi::Error Convolve(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w, ffi::Buffe
                     ffi::ResultBuffer<ffi::F32> out, int64_t columns, int64_t down, int64_t right,
                     int64_t top, int64_t left) {
   const auto in = x.dimensions(), to = out->dimensions(), kernel = w.dimensions();
+  // A border so wide that the last output and the last pixel both find their columns in it.
   const Shape s{in[1], in[2], in[3], to[1], to[2], to[3], kernel[1], columns, down, right, top, left,
                 kernel[2] / right, std::max(in[2] + left, (to[2] - 1) * right + columns)};
   const int64_t block = kernel[4], number = in[0];
@@ -280,6 +287,7 @@ ffi::Error Convolve(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> w, ffi::Buffe
   sparse.resize(number);
   for (int64_t n = 0; n < number; n++) {
     const float* image = x.typed_data() + n * s.size();
+    // Below 0 no image is sparse: a weight that is not finite makes NaN of a zero.
     sparse[n] = count(image, s.size()) <= *most.typed_data() * s.size();
     if (sparse[n]) {
       list(s, image, events[n]);

@@ -96,6 +96,7 @@ def _dense(x: jax.Array, w: jax.Array, conv: _Conv) -> jax.Array:
     )
 
 
+# What the kernel was given beside the operands is left unread, and XLA drops it.
 def _plain(x: jax.Array, w: jax.Array, blocks: Any, most: Any, *, conv: _Conv) -> jax.Array:
     return _dense(x, w, conv)
 
@@ -129,6 +130,7 @@ def _batched(args: Any, axes: Any, *, conv: _Conv) -> tuple[jax.Array, int]:
 
 
 def _jvp(primals: Any, tangents: Any, *, conv: _Conv) -> tuple[jax.Array, Any]:
+    # `blocks` and `most` are made of w, and its own tangent stands for theirs.
     (x, w, *_), (dx, dw, *_) = primals, tangents
     out = event_convolution.bind(*primals, conv=conv)
     parts = [
@@ -147,6 +149,7 @@ def _lower_on_cpu(ctx: Any, *operands: Any, conv: _Conv) -> Any:
 
 
 event_convolution = Primitive("event_convolution")
+# Outside of jit, too: only a program that is lowered knows its platform.
 event_convolution.def_impl(
     lambda *args, conv: jax.jit(lambda *args: event_convolution.bind(*args, conv=conv))(*args)
 )

@@ -32,6 +32,7 @@ def first_frames(args: tuple[Any, ...], over_time: OverTime) -> tuple[Any, list[
                     f"{jnp.shape(leaf)}; give it a leading axis with a frame for each step"
                 )
     frames = [i in chosen for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+    # Types only: the network is traced for one step, and each step is given its frame.
     step = [
         jax.tree.map(lambda x: jax.eval_shape(lambda x: x[0], x), arg) if i in chosen else arg
         for i, arg in enumerate(args)
@@ -45,6 +46,7 @@ def check_frames(
     """Raises a ValueError unless there is a frame for each step, and for each of a correction."""
     for i in sorted(_chosen(over_time, len(args))):
         for leaf in jax.tree.leaves(args[i]):
+            # A leaf without an axis is refused by `first_frames`, which says more of it.
             if jnp.ndim(leaf) and jnp.shape(leaf)[0] != num_steps:
                 raise ValueError(
                     f"argument {i} has {jnp.shape(leaf)[0]} frames and num_steps is {num_steps}; "
@@ -64,6 +66,7 @@ def axes_with_time(in_axes: Any, over_time: OverTime, number: int) -> Any:
         return in_axes
     axes = in_axes if isinstance(in_axes, Sequence) else [in_axes] * number
     return [
+        # From the end an axis has the same number with one more in front.
         jax.tree.map(lambda a: a if a < 0 else a + 1, axis) if i in chosen else axis
         for i, axis in enumerate(axes)
     ]

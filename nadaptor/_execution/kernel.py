@@ -22,6 +22,7 @@ import jaxlib
 
 SOURCE = Path(__file__).with_name("events.cc")
 _COMPILERS = ("c++", "g++", "clang++")
+# `-march=native` is why the key names the processor.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _SYMBOL, _SECONDS = "NadaptorEvents", 300
 
@@ -58,6 +59,7 @@ def load_kernel() -> Kernel:
 def _find_compiler() -> str | None:
     """The user's compiler, or the first that is there."""
     asked = os.environ.get("CXX")
+    # Where the user's CXX is not there, no other is tried in its place.
     names = (asked,) if asked else _COMPILERS
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -101,6 +103,7 @@ def cache_folder() -> Path:
 
 
 def _compile(compiler: str, folder: Path) -> Path:
+    # In the folder itself: within one file system a rename puts the whole file in place, or none.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / "events.so"
         include = ("-I", jax.ffi.include_dir())

@@ -39,6 +39,7 @@ class Averages:
         """The running mean of the spiking variable i, which has this value."""
         if i not in self._means:
             self.after.sums[i], mean = running_mean(self._before.sums[i], value, self._t)
+            # What reads it was traced for the type that the value has.
             self._means[i] = mean.astype(value.dtype)
         return self._means[i]
 

@@ -8,6 +8,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 def shard_like(x: jax.Array, like: Any) -> jax.Array:
     """Gives `x` the sharding that `like` has, an array's type or shape."""
+    # On other meshes the compiler places arrays. What has not the shape of its layer, as the start
+    # of `StBif`, lies whole on every device.
     sharding = like.sharding
     if sharding is not None and AxisType.Explicit in sharding.mesh.axis_types:
         x = jax.sharding.reshard(x, sharding) if x.shape == like.shape else x
@@ -21,6 +23,7 @@ def explicit_axes(x: Any, axis: int | None = None) -> tuple[str, ...]:
         return ()
     if axis is None:
         return tuple(sharding.mesh.axis_names)
+    # A spec may be shorter than its array: the axes beyond it are not cut.
     names = sharding.spec[axis] if -len(sharding.spec) <= axis < len(sharding.spec) else None
     return names if isinstance(names, tuple) else () if names is None else (names,)
 

@@ -52,9 +52,11 @@ def in_shards(
         _spec(SHARED if axis is None else axis % jnp.ndim(x))
         for x, axis in zip(leaves, axes, strict=True)
     )
+    # Only its shapes count: they tell which axis of each result grows with the examples.
     part = tree.unflatten(slice_examples(leaves, axes, 0, number // len(devices)))
     # Unchecked: a layer without an example's axis is the same everywhere, which cannot be inferred.
     sharded = jax.shard_map(
+        # `total_steps` may be a number of Python's, and shard_map returns arrays alone.
         lambda *leaves: jax.tree.map(jnp.asarray, run(*tree.unflatten(leaves))),
         mesh=Mesh(np.array(devices), (AXIS,)),
         in_specs=specs,

@@ -113,6 +113,7 @@ def _run_sums(net: Network, prepared: Any, carry: Carry, size: int) -> tuple[Car
 def _run_layer(net: Network, i: int, state: State, x: jax.Array) -> tuple[State, jax.Array]:
     """Runs the neurons of one layer through the steps along the leading axis of x."""
     threshold = net.layers[i].threshold
+    # A few steps are unrolled: XLA then fuses the neurons with what counts their spikes.
     return jax.lax.scan(
         lambda s, current: net.neuron.step(s, current, threshold), state, x, unroll=_is_short(x)
     )
@@ -143,7 +144,9 @@ def _average(are_means: Sequence[bool], total: Any, out: Any, steps: jax.Array) 
     last, averaged = [x[-1] for x in leaves], leaves
     adding = [i for i, is_mean in enumerate(are_means) if not is_mean]
     before = jax.tree.leaves(total)
+    # One after the other, as at one step a time: the sum does not depend on the chunk.
     rates = [before[i] for i in adding], [leaves[i] for i in adding]
+    # The length, as all outputs may be means, and nothing is then left to scan over.
     sums, each = jax.lax.scan(_add, *rates, length=len(steps))
     for i, after, x in zip(adding, sums, each, strict=True):
         number = steps.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype)
@@ -152,5 +155,6 @@ def _average(are_means: Sequence[bool], total: Any, out: Any, steps: jax.Array) 
 
 
 def _add(total: Any, out: Any) -> tuple[Any, Any]:
+    # The total of outputs in half precision is float32.
     total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out)
     return total, total

@@ -37,6 +37,7 @@ def choose_sizes(
     """
     if backend != "cpu" or not isinstance(number, int):  # a number may be a symbol in an export
         return number, 1
+    # Bytes of one example's largest layer.
     largest = max(1, 4 * max(map(math.prod, shapes)) // max(1, number))
     together = max(1, CACHE_BYTES // largest)
     # Steps first: those of one example share the weights and the neuron's state.
@@ -73,6 +74,7 @@ def in_tiles(
     def part(first: Any, length: int) -> Any:
         return tree.unflatten(slice_examples(leaves, axes, first, length))
 
+    # The first tile is sliced twice: here only for what all tiles share.
     run = start(*part(0, size))
     parts = [jax.lax.map(lambda i: run(*part(i * size, size)), jnp.arange(tiles))]
     if rest:

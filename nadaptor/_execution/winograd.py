@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+# Rows for the points 0, 1, -1, 2, -2 and infinity.
 _G = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
@@ -80,6 +81,7 @@ def _squares(
 ) -> list[list[jax.Array]]:
     """The 6x6 squares under the outputs: entry [i][j] is [N, rows, columns, C]."""
     (top, _), (left, _) = padding
+    # The last squares may reach beyond the padding that was asked for.
     below, right = (
         _OUT * number + 2 - size - before
         for number, size, before in zip((rows, columns), x.shape[1:3], (top, left), strict=True)
@@ -100,6 +102,7 @@ def _transform_filters(g: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _transform_inputs(d: Sequence[jax.Array]) -> list[jax.Array]:
     """B^T along one axis."""
+    # Rows of 1 and -1 share an even and an odd part; so do those of 2 and -2.
     even, odd = d[4] - 4 * d[2], d[3] - 4 * d[1]
     half, double = d[4] - d[2], 2 * (d[3] - d[1])
     first, last = 4 * d[0] - 5 * d[2] + d[4], 4 * d[1] - 5 * d[3] + d[5]
@@ -108,6 +111,7 @@ def _transform_inputs(d: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _sum_outputs(m: Sequence[jax.Array]) -> list[jax.Array]:
     """A^T along one axis."""
+    # Row k has the kth powers of the points, and the last the point at infinity.
     near, far = m[1] + m[2], m[3] + m[4]
     near_odd, far_odd = m[1] - m[2], m[3] - m[4]
     return [
