@@ -12,8 +12,6 @@ import pytest
 
 from nadaptor.checkpoints.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import dataclasses, sys
@@ -37,15 +35,18 @@ config = replace(
 train(config, Path(workdir), options)
 """
 # On a busy machine a device may be minutes behind another, which by default ends the process.
-FLAGS = (
-    "--xla_force_host_platform_device_count=2 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=3600 "
-    "--xla_cpu_collective_timeout_seconds=3600"
-)
+FLAGS = {
+    "--xla_force_host_platform_device_count": 2,
+    "--xla_cpu_collective_call_terminate_timeout_seconds": 3600,
+    "--xla_cpu_collective_timeout_seconds": 3600,
+}
 
 
 def run(folder, parallel, rank, port):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+    # The last of one name holds: what else the tests compile with is kept.
+    flags = [os.environ.get("XLA_FLAGS", ""), *(f"{flag}={value}" for flag, value in FLAGS.items())]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(flags)}
+    env["JAX_PLATFORMS"] = "cpu"
     command = [sys.executable, "-c", PROGRAM, str(folder), parallel, str(rank), str(port)]
     with (log := folder.with_name(f"{folder.name}-{rank}.log")).open("w") as out:
         return subprocess.Popen(command, env=env, stdout=out, stderr=out), log
@@ -66,18 +67,24 @@ def wait_for(started):
             process.wait()
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one device trains, for which it does not matter how several would be used."""
+    folder = tmp_path_factory.mktemp("alone") / "one"
+    wait_for([run(folder, "pmap", "alone", 0)])
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
-def test_two_processes_with_two_devices_train_as_one_device(tmp_path, parallel):
+def test_two_processes_with_two_devices_train_as_one_device(alone, tmp_path, parallel):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [run(tmp_path / "two", parallel, rank, port) for rank in (0, 1)]
-    started.append(run(tmp_path / "one", parallel, "alone", 0))
-    wait_for(started)
+    wait_for([run(tmp_path / "two", parallel, rank, port) for rank in (0, 1)])
     (one, of_one), (two, of_two) = (
-        load_checkpoint(tmp_path / which / "digits_lsq" / "checkpoint", "ann")
-        for which in ("one", "two")
+        load_checkpoint(folder / "digits_lsq" / "checkpoint", "ann")
+        for folder in (alone, tmp_path / "two")
     )
     assert of_two["metrics"]["loss"] == pytest.approx(of_one["metrics"]["loss"], rel=1e-3)
     kernels = [tree["params"]["conv1"]["kernel"] for tree in (one, two)]
