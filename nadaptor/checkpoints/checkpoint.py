@@ -69,6 +69,7 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
         PassingError: it cannot be written, on a full disk for example.
         KeyboardInterrupt: Ctrl-C was pressed meanwhile; the checkpoint is whole.
     """
+    # A link to nowhere does not exist, and is in the way as well.
     if path.exists() or path.is_symlink():
         raise ValueError(f"{path} exists already; choose another folder or remove it")
     arrays = jax.tree.map(np.asarray, jax.device_get(arrays))
@@ -78,6 +79,7 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
     full = seal({**card, "kind": kind, "versions": versions(), **described})
     path.parent.mkdir(parents=True, exist_ok=True)
     # Those of a run that was killed while it saved.
+    # tempfile ends a name in eight letters.
     for left in path.parent.glob(f".{path.name}-????????"):
         shutil.rmtree(left, ignore_errors=True)
     with (
@@ -104,6 +106,7 @@ def _write(folder: Path, arrays: Any, card: Mapping[str, Any]) -> None:
     with _lone_checkpointer() as checkpointer:
         checkpointer.save(folder / "arrays", args=saved)
     write_json(folder / "card.json", card)
+    # A folder holds the names of its files, which are on the disk when it is.
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         sync_folder(inner)
     sync_folder(folder)
@@ -257,6 +260,7 @@ def check_stored(stored: Any, wanted: Mapping[str, list[Any]] | None, files: Pat
             f"{wanted.get(names[0])}"
         )
     for name, leaf in leaves.items():
+        # Memory is taken by the piece: a huge one would end the program, however small the array.
         pieces = leaf.storage.chunk_shape or () if leaf.storage else ()
         if any(piece > max(size, 1) for piece, size in zip(pieces, leaf.shape, strict=False)):
             raise ValueError(f"{files} is damaged: {name} is stored in pieces of {list(pieces)}")
@@ -273,6 +277,7 @@ def versions() -> dict[str, str]:
 
 
 def _digest(leaf: np.ndarray) -> str:
+    # Of another dtype or shape, the same bytes are another array.
     head = f"{leaf.dtype.name} {list(leaf.shape)} ".encode()
     return hashlib.sha256(head + np.ascontiguousarray(leaf).tobytes()).hexdigest()
 
@@ -283,6 +288,7 @@ def _read_arrays(path: Path, wanted: Mapping[str, list[Any]] | None) -> Any:
 
     # The storage layer starts jax, and where that fails the arrays are none the worse.
     jax.devices()
+    # A pipe would have the reader wait for ever.
     strange = [p.name for p in path.rglob("*") if not (p.is_file() or p.is_dir())]
     if strange:
         raise ValueError(f"{path} is damaged: {brief(strange[0])} is no regular file")
@@ -293,6 +299,7 @@ def _read_arrays(path: Path, wanted: Mapping[str, list[Any]] | None) -> Any:
             return jax.tree.map(np.asarray, checkpointer.restore(path.resolve()))
     # A truncated file comes out of the storage layer as any exception, a bare one included.
     except Exception as error:
+        # The refusals of `check_stored`, which begin with the folder.
         if str(error).startswith(str(path)):
             raise
         raise ValueError(

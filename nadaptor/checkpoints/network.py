@@ -166,6 +166,7 @@ def load_network(
             f"{path} was saved with {len(shapes)} arrays of data, not {len(_shapes(args[data]))}"
         )
     like = list(filled)
+    # Traced on data as they were saved: the layers' shapes have the batch in them.
     like[data] = jax.tree.unflatten(jax.tree.structure(args[data]), shapes)
     found = SavedNetwork(
         args=filled,

@@ -96,6 +96,7 @@ class Snapshots:
         """
         import orbax.checkpoint as ocp
 
+        # The next step takes the state as a donation, while this is still being written.
         host = jax.tree.map(np.asarray, jax.device_get(state))
         check_finite(host, step)
         if not self.wait() or step in self._manager.all_steps():
@@ -104,6 +105,7 @@ class Snapshots:
         saved = ocp.args.PyTreeSave(_flat(host), ocdbt_target_data_file_size=FILE_BYTES)
         items = ocp.args.Composite(state=saved, card=ocp.args.JsonSave(full))
         try:
+            # The loop chooses the steps, and not a policy of Orbax's.
             self._manager.save(step, args=items, force=True)
         except Exception as error:
             self._report(error)
@@ -261,6 +263,7 @@ class Snapshots:
         wrong = sorted(k for k in found.keys() | wanted if found.get(k) != wanted.get(k))
         if wrong:
             raise DamagedError(f"{wrong[0]} is not what was saved ({len(wrong)} arrays in all)")
+        # A folder that was renamed is whole, and of another step.
         if step != int(state.step) or card.step not in (None, step):
             raise DamagedError(f"it is the snapshot of step {int(state.step)}")
         return Snapshot(step, state, full)
@@ -277,6 +280,7 @@ class Snapshots:
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
+            # Until it is moved, no process looks on.
             multihost_utils.sync_global_devices(f"damaged {step}")
         self._manager.reload()
 
@@ -287,6 +291,7 @@ def setting_of(folder: Path) -> dict[str, Any]:
     Args:
         folder: of the snapshots, which need not be there.
     """
+    # By number: 100 comes after 20.
     for path in sorted(folder.glob("[0-9]*"), key=lambda p: (len(p.name), p.name), reverse=True):
         with contextlib.suppress(DamagedError):
             setting = read_card(path).get("setting")

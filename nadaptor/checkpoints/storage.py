@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+# What a disk or missing rights may answer; the library quotes the system's words for it.
 _CAUSES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 _LOOP = asyncio.base_events.__file__
 
@@ -60,6 +61,7 @@ class _NoErrors(logging.Filter):
 
 def _hush_closed_loops() -> None:
     """Has what tensorstore's threads cannot report go nowhere, for good: it may come late."""
+    # Once for the whole program: each further hook would call the one before it.
     if getattr(sys.unraisablehook, "__module__", "") == __name__:
         return
     before = sys.unraisablehook

@@ -82,6 +82,7 @@ def convert_calibrated(
             "without --calibrate"
         )
     images = open_measured(config.data, options.num_images, data_dir, origin.data)
+    # The card's config, by which the network is built again when it is loaded.
     clipped = replace(config, activation="clipped_relu")
     classes = class_count(origin.variables)
     spikes = Spikes("rate", nonaffine)
@@ -128,13 +129,16 @@ def calibrate_model(
     relus = model.clone(activation=Relu)
     found = _calibrate(relus, variables, images, options, nonaffine)
     quantized = quantize(relus.apply, activation="clipped_relu")
+    # One image will do for their names. A max-pool is a layer there, and has no threshold.
     layers = [
         layer for layer in quantized.layers(variables, images[:1]) if layer.kind != "max_pool"
     ]
     flat: dict[Any, Any] = dict(traverse_util.flatten_dict(variables["params"]))
     for layer, threshold, bias in zip(layers, found.thresholds, found.biases, strict=True):
+        # A layer's name begins with that of the module, and so does none of the variables.
         *block, activation = layer.name.split("/")[1:]
         threshold = threshold.reshape(())
+        # A ReLU6 gives out no more than its bound, and nor may its neuron.
         threshold = threshold if layer.bound is None else jnp.minimum(threshold, layer.bound)
         flat[(*block, activation, "threshold")] = threshold
         if not options.biases:

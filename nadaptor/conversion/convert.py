@@ -149,6 +149,7 @@ def check_spikes(
     check_coding(config, spikes.coding)
     model = build_folded(config, num_classes)
     one = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    # Of shapes alone, so that what is refused shows before an image is read.
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)
     net = spiking(model.apply, shapes, one, **spikes._asdict())
     if spikes.nonaffine == "running_mean" and not net.analog:
@@ -255,6 +256,7 @@ def class_count(variables: Any) -> int:
 def _card(origin: Origin, variables: Any, checks: list[Check]) -> dict[str, Any]:
     config = origin.config
     scales = {
+        # Without the collection before it and the parameter's name behind.
         "/".join(path[1:-1]): np.asarray(leaf)
         for path, leaf in traverse_util.flatten_dict(variables).items()
         if path[-1] == "quant_scale"

@@ -66,6 +66,7 @@ def export_checkpoint(
             "preprocessing": _preprocessing(spec),
             "class_names": identity.get("class_names"),
         }
+        # Ways to compute faster are none of these, and so in no file.
         how: dict[str, Any] = dict(num_steps=num_steps, **inference.options)
         if form == "onnx":
             from nadaptor.interop.onnx import to_onnx, write_onnx

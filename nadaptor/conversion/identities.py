@@ -19,8 +19,10 @@ from nadaptor import simulate, spiking
 from nadaptor.configs.inference import RATES, Spikes
 from nadaptor.models import ClippedRelu, Lsq
 
+# Both relative: of sums in another order, and of logits where spikes flip.
 ROUNDING = 1e-4
 FLIPPED = 0.1
+# Time steps.
 SHORT, LONG = 8, 32
 # With sums: deep networks fall silent long before the bound.
 LONGEST = 256
@@ -108,6 +110,7 @@ def check_conversion(
             FLIPPED,
         ),
         "whole batch against halves, relative distance": (
+            # [T, B, classes]; the last image of an odd batch is in neither half.
             _distance(short[:, : 2 * half], jnp.concatenate(parts, 1)),
             FLIPPED,
         ),
@@ -147,6 +150,7 @@ def _checks_of_sums(
 ) -> tuple[jax.Array, Measured]:
     """The outputs of a run until all is silent, and what holds of sums alone."""
     layers = spiking(folded.apply, variables, images[:1], **spikes._asdict()).layers
+    # One step beyond the bound, in which nothing may fire.
     steps = max(SHORT, min(levels + 2 * levels * (len(layers) - 1) + 1, LONGEST))
     long, settled = _outputs(folded, spikes, variables, images, num_steps=steps)
     return long, {
@@ -202,6 +206,7 @@ def _layer_error(folded: nn.Module, spikes: Spikes, variables: Any, images: jax.
         start = net.neuron.init(layer.shape, layer.threshold, layer.start)
         (_, total), _ = jax.lax.scan(step, (start, jnp.zeros_like(x)), length=LONG)
         clipped = jnp.clip(x, 0, layer.threshold)
+        # |total / T - clipped| in units of th / T.
         return jnp.abs(total - LONG * clipped).max() / layer.threshold, clipped
 
     errors, _ = net.propagate(net.prepare(variables, images), fire)

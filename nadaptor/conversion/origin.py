@@ -56,9 +56,11 @@ def open_origin(source: Path | Weights, data_dir: Path | None = None) -> Origin:
 
     file, config = source.file, check_config(source.config)
     images = open_split(config.data, "train", data_dir)
+    # A file holds neither scales nor thresholds; they are measured later.
     plain = replace(config, activation="relu", dtype="float32")
     model = build_model(plain, num_classes=images.spec.num_classes)
     one = jax.ShapeDtypeStruct((1, *images.spec.image_shape), jnp.float32)
+    # Shapes do, because no head starts anew.
     variables = load_pretrained(file, jax.eval_shape(model.init, jax.random.key(0), one))
     if config.network.pool != "max" and has_pool(config.network.model):
         print("a mean is in the place of each max-pool; --pool max keeps them as published")

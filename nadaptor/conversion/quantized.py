@@ -65,6 +65,7 @@ def convert_quantized(
     classes = class_count(origin.variables)
     check_spikes(config, classes, images.spec.image_shape, spikes)
     model = build_model(config, num_classes=classes)
+    # With the stored moments of batch norm, which are those of a trained network.
     start = jax.jit(lambda v, x, key: start_scales(model, v, x, key))
     variables = start(
         origin.variables, jnp.asarray(load_images(images).images), jax.random.key(config.seed)

@@ -43,6 +43,7 @@ def named_weights(variables: Mapping[str, Any], levels: int) -> dict[str, np.nda
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         arrays[name] = np.asarray(leaf)
+        # Activations without a scale have their threshold among the parameters.
         if name.endswith("quant_scale"):
             threshold = name.removesuffix("quant_scale") + "threshold"
             arrays[threshold] = np.asarray(leaf * np.float32(levels))

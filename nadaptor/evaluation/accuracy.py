@@ -68,14 +68,17 @@ def ann_accuracy(
         ValueError: a file is damaged.
     """
     devices = devices or Devices(tuple(jax.local_devices()[:1]), 0, 1)
+    # The compiler splits the program by where its batch lies: the network names no axis.
     mesh = Mesh(np.array(devices.local), (AXIS,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((AXIS,), ()))
+    # By way of the host, because they may lie on other devices.
     variables = jax.device_put(jax.device_get(variables), whole)
     right = 0
     for batch in _batches(source, devices.total, devices):
         key = None
         if noise_key is not None:
             step_key = jax.random.fold_in(noise_key, batch.step)
+            # Each process counts its images from 0: the key tells their noise apart.
             key = jax.device_put(jax.random.fold_in(step_key, devices.process_index), whole)
         images, labels = (jax.device_put(x, split) for x in (batch.images, batch.labels))
         right += int(_count_right(model, source.spec, variables, images, labels, key))
@@ -118,8 +121,10 @@ def snn_accuracy(
     spec, stops = source.spec, np.asarray(confidences, np.float32)
     one = jax.ShapeDtypeStruct((1, *spec.image_shape), jnp.float32)
     coding, nonaffine = inference.coding, inference.nonaffine
+    # On one image, for the names and sizes of the layers.
     layers = spiking(model.apply, variables, one, coding=coding, nonaffine=nonaffine).layers
     variables = jax.device_put(variables)
+    # In float64: from 2^24 on, a float32 does not count by ones.
     right, spikes = np.zeros(num_steps, np.int64), np.zeros(len(layers))
     exits, settled = np.zeros((2, len(stops)), np.int64), 0
     for batch in _batches(source, jax.local_device_count()):
@@ -136,6 +141,7 @@ def snn_accuracy(
         )
         right, spikes = right + np.asarray(hits), spikes + np.asarray(counts, np.float64)
         exits = exits + np.asarray(stopped)
+        # With rates there is no last step.
         settled = None if last is None or settled is None else max(settled, int(last))
     neurons = np.array([np.prod(layer.shape) for layer in layers])
     means = spikes / (neurons * source.size)
@@ -199,6 +205,7 @@ def exit_accuracy(
 
 def _batches(source: Source, parts: int, devices: Devices | None = None) -> Iterator[Batch]:
     """Evaluation batches of one size, so that one program serves all, which divides into parts."""
+    # A small split is one batch, with no more padding than its parts need.
     size = parts * min(images_together(source.spec), -(-source.size // parts))
     index, count = (devices.process_index, devices.process_count) if devices else (0, 1)
     stream = evaluation_batches(source, size, process_index=index, process_count=count)
@@ -232,6 +239,7 @@ def _count_right(
     labels: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
+    # Without that stream the network is deterministic.
     rngs = None if key is None else {"noise": key}
     logits: Any = model.apply(variables, normalize(images, spec), rngs=rngs)
     return (logits.argmax(-1) == labels).sum()
@@ -264,6 +272,7 @@ def _simulate_batch(
         steps_per_chunk=steps_per_chunk,
         **_how(inference),
     )
+    # What fills the last batch has the label -1, which no prediction equals.
     real = labels >= 0
     spikes = [jnp.einsum("b...,b->", n.astype(jnp.float32), real) for n in sim.spike_counts]
     exits = early_exit(sim.outputs, confidences)
@@ -272,6 +281,7 @@ def _simulate_batch(
     return right, jnp.stack(spikes), stopped, sim.settled
 
 
+# The confidence is traced: another one needs no other program.
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("spec", "num_steps", "inference"))
 def _stop_batch(
     model: nn.Module,

@@ -51,6 +51,7 @@ def simulate_exported(
     for batch in evaluation_batches(source, min(images_together(source.spec), source.size)):
         images = jnp.asarray(batch.images)
         images = images if wanted["dtype"] == "uint8" else normalize(images, source.spec)
+        # [T, B]; what fills the last batch has the label -1, which is no class.
         hits = output_of(exported.call(images)).argmax(-1) == jnp.asarray(batch.labels)
         right += np.asarray(hits.sum(1))
     return {
@@ -90,5 +91,6 @@ def _open(
         raise ValueError(f"the sidecar of {path} names no data set; name one with --dataset")
     if split != "test":
         raise ValueError(f"the validation images of {path} are not known; add --split test")
+    # Any number to validate on does: those are held out of the training set.
     data = DataConfig(dataset, 1, None, None, "dataset")
     return open_split(data, split, data_dir, num_images)

@@ -185,6 +185,7 @@ def _pictures(measured: Mapping[str, Any], found: Insight) -> dict[str, tuple[st
     )
     layers, spent, images = found.layers, found.spent, found.images
     curve = Curve(name, accuracy)
+    # Accuracy is of the whole split, and energy of the first images alone.
     run = pictures.Run(name, accuracy, spent.total.energy / images)
     drawn = {
         "accuracy_over_time": (
@@ -234,6 +235,7 @@ def _trains(
     busy = np.flatnonzero(np.abs(spikes).sum(0))
     busy = busy if busy.size else np.arange(spikes.shape[1])
     picked = busy[np.linspace(0, busy.size - 1, min(NUM_NEURONS, busy.size)).astype(int)]
+    # With sums a neuron fires for each level, with rates for all p of them.
     one_spike = 1.0 if options["coding"] == "sum" else threshold[name]
     figure = pictures.raster(spikes[:, picked], potentials[:, picked], one_spike)
     return {"spikes": (f"Spikes and potentials of {len(picked)} neurons of {name}", figure)}

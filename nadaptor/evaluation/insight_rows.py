@@ -16,7 +16,7 @@ class Insight(NamedTuple):
 
     images: int
     layers: dict[str, LayerReport]
-    spent: Energy
+    spent: Energy  # by all images together, in pJ
     table: EnergyTable
     units: dict[str, float]  # by layer its threshold in units of the scale
     thresholds: dict[str, np.ndarray]  # by layer, in units of the activation; where it is known
@@ -110,6 +110,7 @@ def short(number: Any) -> str:
         >>> short(999.6), short(1234567), short(0)
         ('1 k', '1.23 M', '0')
     """
+    # Rounded first, so that 999.6 becomes 1 k and not 1000.
     value, unit = float(f"{float(number):.3g}"), ""
     for unit in ("", " k", " M", " G", " T"):
         if abs(value) < 1000 or unit == " T":
@@ -119,6 +120,7 @@ def short(number: Any) -> str:
 
 
 def _nanojoules(picojoules: Any) -> str:
+    # As in `short`, rounded before its size decides.
     value = float(f"{float(picojoules) / 1e3:.3g}")
     return f"{value:,.0f}" if value >= 100 else f"{value:g}"
 
@@ -133,4 +135,5 @@ def _span(threshold: np.ndarray | None) -> str:
 
 def _noisy(noise: Any) -> float:
     """The fraction of the neurons that sent more or fewer spikes than expected."""
+    # In the middle are those that sent as many as expected.
     return 1 - float(noise[len(noise) // 2]) / max(float(np.sum(noise)), 1.0)

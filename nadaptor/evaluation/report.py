@@ -76,6 +76,7 @@ def measure(
     """Does what `simulate_checkpoint` does, with a network that is loaded."""
     model, variables, config, spikes, _ = snn
     if inference is None:
+        # The steps are those of a correction, of which there is none.
         inference = get_inference("none", 4, *spikes)
     check_coding(config, inference.coding)
     images = _images(snn, split, data_dir, num_images)
@@ -209,6 +210,7 @@ def noisy_accuracy(config: Config, variables: Any, images: Source) -> float | No
     if ACTIVATIONS[config.quantizer.activation].converts_as != "lsq":
         return None
     noisy = replace(config, activation="noise_adaptor", dtype="float32")
+    # The converted weights fit: its layers and scales have the same names.
     noisy = build_model(noisy, folded=True, num_classes=class_count(variables))
     return ann_accuracy(noisy, variables, images, jax.random.key(config.seed))
 
