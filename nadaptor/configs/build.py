@@ -81,6 +81,7 @@ def _network(
 @functools.cache
 def _sgd(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     rate, warmup = config.learning_rate, config.warmup_steps
+    # Optax refuses a cosine of no steps, as a warm-up of the whole run leaves.
     schedule = optax.cosine_decay_schedule(rate, max(total_steps - warmup, 1))
     if warmup:
         rise = optax.linear_schedule(0, rate, warmup)

@@ -151,6 +151,7 @@ def check_config(config: Config) -> Config:
         Traceback (most recent call last):
         ValueError: epochs must be a positive int, not 0
     """
+    # No dot at the beginning: the folder would be hidden, or the one above.
     if not re.fullmatch(r"[\w=+-][\w.=+-]*", config.name, re.ASCII):
         raise ValueError(
             f"name must be letters, digits and -_.=+, to be that of a folder, not {config.name!r}"
@@ -222,6 +223,7 @@ def from_json(fields: Mapping[str, Any]) -> Config:
         >>> from_json(to_json(get_config("digits_na"))) == get_config("digits_na")
         True
     """
+    # JSON has lists alone, and a group must be hashable.
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     read = {**ADDED, **{RENAMED.get(name, name): value for name, value in tuples.items()}}
     known = {*_OWN, *_GROUP_OF}

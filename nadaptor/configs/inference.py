@@ -97,6 +97,7 @@ def get_inference(
     """
     if name not in CORRECTIONS:
         raise ValueError(f"unknown correction {name!r}; there are {', '.join(CORRECTIONS)}")
+    # For what it raises.
     choose_way(fast_convolution, events)
     if coding == "sum":
         if name != "none":

@@ -209,6 +209,7 @@ def _maker(row: Row, base: Maker, weight_decay: float) -> Maker:
             weight_decay=weight_decay,
         )
 
+    # By its name a config is found, and its docstring is its help.
     make.__name__ = make.__qualname__ = row.name
     network = f"{row.model}, {row.activation}, p = {row.levels}, {row.epochs} epochs"
     make.__doc__ = f"""{row.where}: {network}.

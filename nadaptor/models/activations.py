@@ -99,6 +99,7 @@ class Lsq(nn.Module):
         """Returns the parameter `quant_scale`, created from v where it is missing."""
 
         def from_mean(positive: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+            # Devices hold equal parts, so that the mean of their means is that of the batch.
             mean = _across(self, jax.lax.pmean, positive.mean(axes))
             return 2 * mean / math.sqrt(self.levels)
 
@@ -106,6 +107,7 @@ class Lsq(nn.Module):
         return _learned(self, "quant_scale", v, measure, self.initial_scale)
 
     def _mmse(self, positive: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        # As in `_across`: init runs outside of the map.
         axis = None if self.is_initializing() else self.axis_name
         return mmse_scale(positive, self.levels, axes, axis).squeeze(axes)
 
@@ -164,6 +166,7 @@ class NoiseAdaptor(Lsq):
         self, keys: jax.Array, v: jax.Array, scale: jax.Array, levels: int
     ) -> jax.Array:
         """Returns the noisy activation of v, one key an example."""
+        # That of p levels, whichever number `AnyLevel` has drawn.
         factor = self.gradient_factor(v, scale)
 
         def one(key: jax.Array, example: jax.Array) -> jax.Array:
@@ -180,6 +183,7 @@ class NoiseAdaptor(Lsq):
         return jax.vmap(one)(keys, v)
 
     def _example_keys(self, batch: int) -> jax.Array:
+        # The devices hold equal parts of the batch, in its order.
         first = _across(self, lambda _, axis: jax.lax.axis_index(axis) * batch, 0)
         layer_key = self.make_rng("noise")
         return jax.vmap(lambda index: jax.random.fold_in(layer_key, index))(
@@ -230,6 +234,7 @@ class AnyLevel(NoiseAdaptor):
             functools.partial(self._noisy, threshold=threshold, levels=levels)
             for levels in self.drawn
         ]
+        # One branch is run: a step costs what it costs with one number of levels.
         return jax.lax.switch(self._draw(), noisy, keys, v)
 
     def _noisy(self, keys: jax.Array, v: jax.Array, threshold: jax.Array, levels: int) -> jax.Array:

@@ -44,9 +44,11 @@ ACTIVATIONS: Mapping[Activation, Entry] = MappingProxyType(
         "lsq": Entry(Lsq, "lsq", _LEARNED),
         "noise_adaptor": Entry(NoiseAdaptor, "lsq", _NOISY, noisy=True),
         "any_level": Entry(AnyLevel, "lsq", {**_NOISY, "drawn_levels": "drawn"}, noisy=True),
+        # Its levels stand for the one step of its neuron, whose height is th.
         "clipped_relu": Entry(ClippedRelu, "clipped_relu", fixed_levels=1),
         "qcfs": Entry(Qcfs, "qcfs", _THRESHOLD),
         "slip_relu": Entry(SlipRelu, "slip_relu", _THRESHOLD),
+        # Its threshold starts from data, and has no constant to set.
         "ttrbr": Entry(Ttrbr, "ttrbr", _LEVELS, fixed_levels=32),
     }
 )
@@ -120,6 +122,7 @@ def activation_slot(quantizer: QuantizerConfig, axis_name: str | None) -> Callab
         2
     """
     entry = ACTIVATIONS[quantizer.activation]
+    # The class itself, which MobileNetV2 knows and bounds.
     if entry.layer is Relu:
         return Relu
     fields: dict[str, Any] = {

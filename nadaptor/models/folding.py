@@ -105,6 +105,7 @@ def _fold(params: Tree, stats: Tree, norm: Path, layer: Path, epsilon: float) ->
             f"batch norm {'/'.join(norm)} has {mean.size} channels and the kernel of "
             f"{'/'.join(layer)} has shape {kernel.shape}, output channels last"
         )
+    # A norm may have been built without a gain or an offset.
     ratio = params.get((*norm, "scale"), 1.0) / jnp.sqrt(variance + epsilon)
     bias = (params.get((*layer, "bias"), 0.0) - mean) * ratio + params.get((*norm, "bias"), 0.0)
     kept = {path: leaf for path, leaf in params.items() if path[:-1] != norm}

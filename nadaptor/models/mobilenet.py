@@ -51,6 +51,7 @@ class InvertedResidual(nn.Module):
         """Returns the block of x."""
         convolve, activation = self.layers.convolve, self.layers.activation
         wide, y, index = x.shape[-1] * self.expansion, x, 0
+        # Without an expansion torch's numbers begin at the depthwise convolution.
         if self.expansion != 1:
             y = activation(name="act1")(convolve(y, "conv_0_0", wide, 1, 1, train))
             index = 1
@@ -113,6 +114,7 @@ class MobileNetV2(nn.Module):
                     name=f"features_{index}",
                 )(x, train)
                 index += 1
+        # Narrower networks keep the published width of the last map.
         last = _divisible(1280, max(1.0, self.width))
         x = layers.convolve(x, f"features_{index}_0", last, 1, 1, train)
         x = activation(name="act2")(x).mean(axis=(1, 2))

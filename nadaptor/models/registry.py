@@ -23,6 +23,7 @@ _LARGE = {
     "resnet50": functools.partial(ResNet, stage_sizes=(3, 4, 6, 3), block=Bottleneck),
     "resnet101": functools.partial(ResNet, stage_sizes=(3, 4, 23, 3), block=Bottleneck),
 }
+# 6n + 2 layers: three stages of n blocks of two convolutions, the stem and the dense layer.
 _SMALL = {
     f"cifar_resnet{6 * blocks + 2}": functools.partial(
         ResNet, stage_sizes=(blocks,) * 3, stem="cifar", width=16, shortcut="pad"
@@ -55,6 +56,7 @@ MODELS: Mapping[str, functools.partial] = MappingProxyType(
         **_SMALL,
         **_DIGITS,
         **_VGG,
+        # A partial like the others, whose `func` and `keywords` are read below.
         "mobilenet_v2": functools.partial(MobileNetV2),
         "vit_tiny": functools.partial(Vit),
         "vit_small": functools.partial(Vit, width=384, heads=6),
@@ -112,6 +114,7 @@ def create(
     # Any: the type of a partial does not say that it makes a dataclass.
     network: Any = MODELS[name].func
     fields = {field.name: field for field in dataclasses.fields(network)}
+    # These two Flax adds to every module.
     known = {key: field for key, field in fields.items() if key not in ("parent", "name")}
     for option in options:
         check_name(option, known, f"option of {name},")

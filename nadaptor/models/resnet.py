@@ -146,6 +146,7 @@ class ResNet(nn.Module):
         large = self.stem == "imagenet"
         x = layers.convolve(x, "conv1", self.width, 7 if large else 3, 2 if large else 1, train)
         x = layers.activation(name="act1")(x)
+        # Behind the activation, as in torch: the windows of the pool hold spikes.
         return pool_images(x, self.pool, 3, 2, padding=1) if large else x
 
 

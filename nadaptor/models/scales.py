@@ -11,6 +11,7 @@ from nadaptor.models.activations import Relu
 from nadaptor.quantization import quantize
 from nadaptor.quantization.rules import SCALE_FLOOR, projection
 
+# Not "scale", which is the gain of a batch norm and may be negative.
 SCALE_NAMES = ("quant_scale", "threshold")
 
 
@@ -48,9 +49,12 @@ def start_scales(
     Source: Esser et al., Learned step size quantization, 2019, for the rule.
     """
     slot = getattr(model, "activation", None)
+    # Built outside of any network, for its options alone.
     if slot is not None and getattr(layer := slot(), "scale_init", None) == "mmse_relu":
         variables = _measured_with_relus(model, layer, variables, batch, kwargs)
+    # With `train=True` the norms write averages, too, which are dropped below.
     mutable = list({"params", *variables})
+    # No stream "noise": scales are measured without it.
     _, updated = model.apply(variables, batch, rngs={"params": key}, mutable=mutable, **kwargs)
     params = updated["params"]
     known = {path for path, _ in jax.tree_util.tree_leaves_with_path(variables.get("params", {}))}
@@ -79,6 +83,7 @@ def _measured_with_relus(
     flat = dict(traverse_util.flatten_dict(variables["params"]))
     for name, scale in found.items():
         path = (*name.split("/")[1:], "quant_scale")
+        # A scale that was there already stays.
         flat.setdefault(path, scale.reshape((-1,) if layer.per_channel else ()))
     return {**variables, "params": traverse_util.unflatten_dict(flat)}
 

@@ -27,6 +27,7 @@ from nadaptor.models.layers import (
 Head = Literal["imagenet", "cifar"]
 # torch's normal_(0, 0.01) of the dense layers
 _dense_init = nn.initializers.normal(0.01)
+# Pixels per side of the map under torchvision's dense layers: 224 / 32.
 _MAP = 7
 
 
@@ -89,6 +90,7 @@ class Vgg(nn.Module):
                 x = layers.convolve(x, f"features_{index}", features, 3, 1, train, bias=True)
                 count += 1
                 x = self.activation(name=f"act{count}")(x)
+                # torch counts norms, activations and pools among the layers of `features`.
                 index += 3 if self.normalized else 2
             x = pool_images(x, self.pool, 2, 2)
             index += 1
@@ -110,6 +112,7 @@ class Vgg(nn.Module):
             kernel_init=_dense_init,
             name="classifier_0",
         )(_adaptive_mean(x, _MAP))
+        # [B, 1, 1, hidden], because the kernel is as large as the map.
         x = self.activation(name=f"act{count + 1}")(x.reshape(len(x), self.hidden))
         x = self._dense(x, "classifier_3", self.hidden)
         x = self.activation(name=f"act{count + 2}")(x)
@@ -124,6 +127,7 @@ def _adaptive_mean(x: jax.Array, size: int) -> jax.Array:
     rows, columns = (_windows(side, size) for side in x.shape[1:3])
     if rows.shape == columns.shape == (size, size):
         return x
+    # The windows are constants, so that this is affine and spikes can go through it.
     return jnp.einsum("ih,jw,bhwc->bijc", rows.astype(x.dtype), columns.astype(x.dtype), x)
 
 

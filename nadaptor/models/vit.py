@@ -29,6 +29,7 @@ class Attention(nn.Module):
         """Returns the attention of all tokens to all."""
         features = x.shape[-1]
         qkv = _dense(3 * features, "qkv", self.dtype)(x)
+        # [B, N, 3 D] -> three of [B, N, heads, D / heads], one behind the other in timm's matrix.
         queries, keys, values = jnp.moveaxis(
             qkv.reshape(*x.shape[:2], 3, self.heads, features // self.heads), 2, 0
         )
@@ -115,14 +116,17 @@ class Vit(nn.Module):
         images = self._check(images)
         patches = _Patches(self.patch_size, self.width, self.conv, self.dtype, name="patch_embed")
         x = patches(images)
+        # timm's start of the class token.
         first = self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, self.width))
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, self.width)), x], axis=1)
+        # The embeddings are float32 and would widen tokens of half precision.
         x = (x + self.param("pos_embed", _init, (1, *x.shape[1:]))).astype(self.dtype)
         for i in range(self.depth):
             block = Block(
                 self.heads, 4 * self.width, self.activation, self.dtype, name=f"blocks_{i}"
             )
             x = block(x)
+        # Of all tokens the class's alone is read.
         x = _norm("norm", self.dtype)(x)[:, 0]
         return finish_logits(_dense(self.num_classes, "head", self.dtype)(x))
 
@@ -167,4 +171,5 @@ def _dense(features: int, name: str, dtype: Any) -> nn.Dense:
 
 
 def _norm(name: str, dtype: Any) -> nn.LayerNorm:
+    # timm's epsilon, and not torch's 1e-5.
     return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
