@@ -33,6 +33,7 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
     """
     try:
         if is_to_be_supervised(sys.argv[1:]):
+            # Python's own options, such as -m, are in orig_argv alone.
             sys.exit(supervise([sys.executable, *sys.orig_argv[1:]], Path(sys.argv[0]).name))
         _keep_compiled()
         _refuse_urls(sys.argv[1:])
@@ -41,6 +42,7 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
         if sys.stdout:
             sys.stdout.flush()
     except Exception as error:
+        # It returns where the error is a defect.
         end(error)
         raise
     except KeyboardInterrupt as error:
@@ -201,13 +203,16 @@ def read_words(target: Callable[..., T], **options: Any) -> T:
 
     sys.stderr = printed
     try:
+        # A dataclass is made from the words, and prints nothing.
         return tyro.cli(target if isinstance(target, type) else run, **options)
     except SystemExit as end:
         if not end.code or not printed.getvalue():
             raise
+        # The lines of a box.
         words = re.sub(r"[\u2500-\u257f]+", " ", printed.getvalue()).split()
         raise ValueError(" ".join(words)) from None
     finally:
+        # Kept back is what tyro prints while it reads, and nothing of the command itself.
         sys.stderr = stderr
 
 

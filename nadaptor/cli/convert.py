@@ -139,6 +139,7 @@ def convert_command(
         given = {k: v for k, v in dataclasses.asdict(changes).items() if v is not None}
         source = Weights(init_from, replace(get_config(str(checkpoint)), **given))
         out = out or Path("runs") / source.config.name / "snn"
+    # Each of the three ways has a number of its own by default.
     count = {} if num_images is None else {"num_images": num_images}
     if measured.calibrate:
         options = CalibrationOptions(

@@ -55,6 +55,7 @@ def export_command(
     if form != "onnx":
         refuse_idle({"--batch-size": batch_size}, "without --form onnx")
     if form == "safetensors":
+        # Weights are neither unrolled nor run.
         options = dict(num_steps=num_steps, coding=coding, correction=correction)
         given = {"num_steps": None, "coding": None, "correction": "none"}
         names = {f"--{n.replace('_', '-')}": v for n, v in options.items() if v != given[n]}

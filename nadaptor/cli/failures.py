@@ -12,6 +12,7 @@ import jax
 from nadaptor.errors import Interrupted, MissingPackageError, OutOfTimeError, RunError
 
 _PACKAGE = str(Path(__file__).parents[1])
+# Letters of what jax says, which may be pages.
 _SHOWN = 600
 # sysexits.h: a failure that passes, the same command goes on.
 OUT_OF_TIME = 75
@@ -40,6 +41,7 @@ def failure(error: BaseException) -> Failure | None:
         >>> failure(KeyboardInterrupt()).code
         130
     """
+    # Before RunError, of which it is one.
     if isinstance(error, OutOfTimeError):
         return Failure(_line(error), OUT_OF_TIME)
     if isinstance(error, RunError):
@@ -97,6 +99,7 @@ def _line(error: BaseException) -> str:
 
 
 def _is_ours(error: BaseException) -> bool:
+    # What a dependency raises by itself is a defect, and keeps its traceback.
     return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(_PACKAGE)
 
 

@@ -51,5 +51,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # After `python -m` it is the path of this file.
     sys.argv[0] = "nadaptor"
     main()

@@ -112,6 +112,7 @@ def simulate_command(
         "--events": events,
         **changed(insight, NO_REPORT, ("report", "mac_energy", "ac_energy")),
     }
+    # An artefact is a file, and a converted network a folder.
     if checkpoint.is_file():
         options["--mode"] = None if mode == "snn" else mode
         refuse_idle(options, "with an artefact, which has its own")
@@ -135,6 +136,7 @@ def simulate_command(
     snn = open_snn(checkpoint)
     spikes = snn.spikes.override(coding)
     inference = get_inference(correction, steps, *spikes, fast_convolution, events)
+    # With sums there is no correction.
     used = "sum" if spikes.coding == "sum" else correction
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out

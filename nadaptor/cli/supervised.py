@@ -18,11 +18,14 @@ from typing import IO
 
 from nadaptor.errors import ENDING
 
+# In its environment, a child finds that it is one.
 _CHILD = "NADAPTOR_SUPERVISED"
 _LOST = b"Terminating process because the JAX distributed service detected fatal errors"
 # What jax's threads say before: it is held back until it is clear how the process ends.
 _WORDS = re.compile(rb"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h)")
+# What a process outlives by so long did not end it, and is passed on.
 _HELD_SECONDS = 10
+# Of Linux's prctl.h.
 _PR_SET_PDEATHSIG = 1
 
 
@@ -50,6 +53,7 @@ def supervise(command: Sequence[str], name: str) -> int:
         preexec_fn=_end_with_parent if sys.platform == "linux" else None,
     )
     for number in ENDING:
+        # One that is ignored, as SIGHUP is under nohup, is so in the child, too.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: child.send_signal(number))
     assert child.stderr is not None
@@ -61,6 +65,7 @@ def supervise(command: Sequence[str], name: str) -> int:
         print(f"{name}: {why}", file=sys.stderr, flush=True)
         return 1
     _write(held)
+    # Of a child that a signal ended, code is minus its number; a shell adds that to 128.
     return code if code >= 0 else 128 - code
 
 

@@ -54,6 +54,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def train_command(asked: TrainCommand) -> None:
     """Does what was asked for, and says what came of it in its last line."""
+    # Here, so that --help and a misspelt option need not wait for it.
     from nadaptor.training.dry_run import dry_run
     from nadaptor.training.loop import evaluate, train
 

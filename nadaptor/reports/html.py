@@ -86,6 +86,7 @@ def html_page(
         {"caption": caption, "data": base64.b64encode(svg_bytes(figure)).decode()}
         for caption, figure in pictures.items()
     ]
+    # A word that the template has and the page has not raises, and does not vanish.
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -72,6 +72,7 @@ def error_map(errors: Mapping[str, Any]) -> Any:
         errors: by layer, at t = 1 to T, fractions of the threshold.
     """
     values = np.array([np.asarray(row) for row in errors.values()])
+    # In inches: a line of small print for each layer.
     figure = new_figure(6, 1.6 + 0.26 * len(values))
     axes = figure.subplots()
     image = axes.imshow(
@@ -80,6 +81,7 @@ def error_map(errors: Mapping[str, Any]) -> Any:
         cmap="viridis",
         interpolation="nearest",
         vmin=0,
+        # Cells are centred on t = 1 to T, and the first layer is on top.
         extent=(0.5, values.shape[1] + 0.5, len(values) - 0.5, -0.5),
     )
     axes.set_yticks(range(len(values)), list(errors), fontsize="small")
@@ -137,9 +139,12 @@ def noise_histogram(noise: Mapping[str, Any]) -> Any:
             label=name,
             color=color,
         )
+    # Most neurons have no surplus: a linear axis would show those alone, and a logarithmic one has
+    # no place for a count of 0.
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_ylim(bottom=0)
     figure = _labelled(figure, axes, "count minus expected count, spikes", "neurons, %")
+    # Beside the axes, because it is as long as the network is deep.
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
     return figure
 
@@ -165,6 +170,7 @@ def svg_bytes(figure: Any) -> bytes:
     import matplotlib as mpl
 
     image = io.BytesIO()
+    # Without it the ids inside would be random.
     with mpl.rc_context({"svg.hashsalt": "nadaptor"}):
         figure.savefig(image, format="svg", metadata={"Date": None, "Creator": None})
     return image.getvalue()

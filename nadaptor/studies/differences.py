@@ -151,6 +151,7 @@ def _plot(found: Sequence[Difference], label: str, path: Path) -> None:
     ordered = sorted(found, key=lambda d: d.training_accuracy[1])
     for name in ordered[0].mean:
         x = [d.training_accuracy[1] for d in ordered]
+        # One seed has no deviation, and gets no bar.
         error = np.nan_to_num([d.std[name] for d in ordered])
         axes.errorbar(x, [d.mean[name] for d in ordered], error, marker="o", capsize=2, label=name)
     axes.axhline(0, color="black", linewidth=0.8)

@@ -142,6 +142,7 @@ class Cell(NamedTuple):
 
 
 def _suffix(values: Iterable[tuple[str, Any]]) -> str:
+    # The name of a model says what it is, and a bare number does not.
     return "".join(f"-{v if isinstance(v, str) else f'{name}{v}'}" for name, v in values)
 
 
@@ -178,6 +179,7 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
     while waiting := [c for c in waiting if not _make(c, study, workdir, options, deadline)]:
         # Others hold these, or a network or parent of theirs.
         time.sleep(POLL_SECONDS)
+    # From their files, because another process may have measured them.
     return {cell: _read(_path(workdir, study.split, cell), cell, study) for cell in cells}
 
 
@@ -186,9 +188,11 @@ def _make(cell: Cell, study: Study, workdir: Path, options: Options, deadline: D
     path = _path(workdir, study.split, cell)
     try:
         with hold(path):
+            # Asked under the lock: another process may have just measured it.
             if not _is_measured(path, cell, study):
                 print(f"{cell.network.name}, {cell.correction}, seed {cell.seed}")
                 settings = _settings(cell, study)
+                # Raises where none are left, before a run is begun.
                 left = dataclasses.replace(options, max_minutes=deadline.minutes_left())
                 measured = _measure(cell, study, workdir, left)
                 write_json(path, seal({"settings": settings, "made": provenance(), **measured}))
@@ -244,6 +248,7 @@ def _measure(cell: Cell, study: Study, workdir: Path, options: Options) -> dict[
             inference=inference,
             num_images=study.num_images,
         )
+    # A full disk or a held lock is no result of a network: the cell is to be tried again.
     except PassingError:
         raise
     except RunError as error:
@@ -258,6 +263,7 @@ def config_of(cell: Cell, study: Study) -> Config:
     return replace(
         config,
         name=cell.network.name,
+        # A variant names its activation itself.
         **{"activation": cell.network.method, **METHODS.get(cell.network.method, {})},
         levels=cell.network.levels,
         seed=cell.seed,
@@ -310,6 +316,7 @@ def _read(path: Path, cell: Cell, study: Study) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: {' '.join(str(error).split())}") from error
     wanted, settings = _settings(cell, study), found["settings"]
+    # A cell of an older version may have other names of fields.
     settings = {**settings, "config": today(settings.get("config", {}))}
     if settings != wanted:
         names = [name for name, value in wanted.items() if settings.get(name) != value]

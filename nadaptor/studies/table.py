@@ -41,6 +41,7 @@ def write_study(study: Study, cells: Cells, out: Path) -> None:
     print(f"\n{table}\n")
     label = f"{study.split} accuracy, %"
     networks = networks_of(study)
+    # A method whose levels are fixed stands in every panel, to be compared with.
     by_levels = {
         ", ".join([f"p = {p}", *(f"{name} {value}" for name, value in values)]): [
             _curve(study, cells, network, study.corrections[0], network.method)
@@ -136,6 +137,7 @@ def _curve(
     study: Study, cells: Cells, network: Network, correction: CorrectionName, label: str
 ) -> Curve:
     of_line = _of(study, cells, network, correction)
+    # A network that failed keeps its place in the legend.
     fractions = np.array([m["accuracy"] for m in of_line] or [[np.nan] * study.num_steps])
     std = fractions.std(0, ddof=1) if len(fractions) > 1 else np.zeros(study.num_steps)
     return Curve(label, fractions.mean(0).tolist(), std.tolist(), _total(correction, study, 0))
