@@ -73,6 +73,7 @@ def in_order(
         if shape is not None and math.prod(shape) != array.shape[1]:
             raise ValueError(f"{layer} reads {array.shape[1]} values, and not a map of {shape}")
         if shape is not None:
+            # torch flattens [C, H, W], and the network [H, W, C].
             maps = array.reshape(len(array), *shape).transpose(0, 2, 3, 1)
             ordered[f"{layer}.weight"] = maps.reshape(array.shape)
     for name, array in state.items():
@@ -87,6 +88,7 @@ def _check_inputs(layer: str, inputs: int, state: Mapping[str, np.ndarray]) -> N
     others = {name: array for name, array in state.items() if name.rpartition(".")[0] != layer}
     outputs = {len(array) for array in others.values() if array.ndim}
     maps = {len(array) for array in others.values() if array.ndim == 4}
+    # No more than a guess, and so it asks: a flattened map has a multiple of its channels.
     if inputs not in outputs and any(inputs % channels == 0 for channels in maps):
         raise ValueError(
             f"{shown(layer)} reads {inputs} values, as no layer puts out: a map, perhaps, which "

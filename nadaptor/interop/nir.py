@@ -81,10 +81,12 @@ def to_nir(
     layers = spiking(f, *args).layers
     # Not as `spiking` traces it: a convolution that was rewritten for speed is none for NIR.
     traced = trace(to_jaxpr(f, *args)[0])
+    # Axes are x1, x2, ... until an operation says what they are.
     names = (BATCH, *(f"x{i}" for i in range(1, len(data.shape))))
     if len(names) == 2:
         names = (BATCH, CHANNEL)
     while True:
+        # An operation that tells the axes apart names them, and the walk begins anew.
         try:
             return _walk(traced, args, position, layers, names, spread)
         except Layout as found:
@@ -168,6 +170,7 @@ def read_nir(path: str | Path) -> Any:
     except Exception as error:
         line = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or no NIR: {line}; write it again") from error
+    # Graphs of other programs have no digest.
     told = graph.metadata.get(KEY)
     if told is not None:
         wanted = told.get("digest") if isinstance(told, dict) else None
@@ -209,11 +212,13 @@ def _walk(
     def fire(layer: Any, x: Signal) -> Signal:
         levels, begin = layer.threshold, layer.start
         if spread:
+            # After T steps the neuron has taken in what it would have begun with.
             x, begin = x._replace(offset=np.asarray(x.offset + begin / spread, np.float32)), 0.0
         threshold = np.full(x.shape, levels, np.float32)
         told = {"reset": "subtract", "start": float(begin), "amplitude": 1.0, "fires": "at"}
         node = nir.IF(np.ones_like(threshold), threshold, metadata={KEY: told})
         name = walker.writer.emit(layer.name, node, walker.writer.settle(x))
+        # A spike is 1 there and `levels` here: the factor goes into the next weights.
         term = Term((name,), None, np.asarray(levels, np.float32), x.shape[1:])
         return x._replace(terms=(term,), offset=zero)
 
@@ -233,6 +238,7 @@ def _walk(
 def _digest(graph: Any) -> str:
     """A SHA-256 over all nodes and edges, however the arrays were stored."""
     told = graph.to_dict()
+    # The digest stands there.
     told.pop("metadata", None)
     return hashlib.sha256(json.dumps(_plain(told), sort_keys=True).encode()).hexdigest()
 
@@ -250,6 +256,7 @@ def _plain(value: Any) -> Any:
     array = np.asarray(value)
     if array.dtype.kind in "OSU":
         return [_plain(x) for x in array.tolist()]
+    # Whatever type they are stored in, equal numbers have one digest.
     exact = np.ascontiguousarray(array, np.float64)
     return [list(array.shape), hashlib.sha256(exact.tobytes()).hexdigest()]
 

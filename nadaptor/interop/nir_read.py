@@ -53,6 +53,7 @@ def build(
             total = sum(inputs[1:], inputs[0])
             if kind == "Output":
                 return _moved(total, node, inward=False)
+            # The slashes of a layer's scopes are dots in a graph.
             with jax.named_scope(name.replace(".", "/")):
                 fire = neurons.get(name)
                 values[name] = fire(total) if fire else _node(kind, node, weights.get(name), total)
@@ -62,6 +63,7 @@ def build(
 
 
 def _kind(graph: Any, name: str) -> str:
+    # By name, so that nir is not imported to read a graph.
     return type(graph.nodes[name]).__name__
 
 
@@ -114,6 +116,7 @@ def _neuron(name: str, node: Any, start: float | None) -> Callable[[Any], Any]:
         )
     level = float(threshold.flat[0])
     same = bool((threshold == level).all())
+    # A whole threshold is a number of levels; any other is one level of that scale.
     levels = int(level) if same and level == int(level) else 1
     scale = np.float32(1) if levels == level and same else threshold / np.float32(levels)
     begin = float(told["start"]) / level if told else float(start or 0)
@@ -121,10 +124,12 @@ def _neuron(name: str, node: Any, start: float | None) -> Callable[[Any], Any]:
 
     def fire(x: Any) -> Any:
         x = x if (resistance == 1).all() else x * resistance
+        # slip_relu with slope 0 is lsq with another start.
         if begin == 0.5:
             y = lsq(x, scale, levels)
         else:
             y = slip_relu(x, scale * levels, levels, slope=0.0, floor_shift=begin)
+        # A spike is worth the amplitude there, and scale * levels here.
         return y / (scale * np.float32(levels) / np.float32(amplitude))
 
     return fire
@@ -132,6 +137,7 @@ def _neuron(name: str, node: Any, start: float | None) -> Callable[[Any], Any]:
 
 def _text(told: Mapping[str, Any], field: str) -> str:
     value = told.get(field, "subtract")
+    # HDF5 may give text back as bytes.
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 

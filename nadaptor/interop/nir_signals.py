@@ -88,6 +88,7 @@ class Writer:
             if term.linear is not None:
                 node = self._write(term, signal.shape, np.zeros((), np.float32))
                 term = Term((node,), None, np.ones((), np.float32), signal.shape[1:])
+            # Terms of equal factors share one linear map on the sum of their nodes.
             key = np.broadcast_to(term.scale, signal.shape[:1]).tobytes()
             nodes = (*groups[key].nodes, *term.nodes) if key in groups else term.nodes
             groups[key] = term._replace(nodes=nodes)
@@ -99,6 +100,7 @@ class Writer:
 
         channels = shape[0]
         linear = term.linear or identity(channels, len(shape) - 1)
+        # A term's factor is one for each output channel.
         scale = np.broadcast_to(term.scale, (channels,)).astype(np.float32)
         weight = whole(linear.weight, linear.groups)
         weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
@@ -137,6 +139,7 @@ def through(writer: Writer, signal: Signal, linear: Linear) -> tuple[Term, ...]:
     per_group = linear.weight.shape[1]
     for term in writer.plain(signal):
         scale = np.broadcast_to(term.scale, signal.shape[:1]).reshape(linear.groups, per_group)
+        # [out, in / groups]: an output sees the factors of its own group's inputs.
         each = np.repeat(scale, len(linear.weight) // linear.groups, axis=0)
         window = [1] * (linear.weight.ndim - 2)
         weight = (linear.weight * each.reshape(*each.shape, *window)).astype(np.float32)

@@ -179,5 +179,6 @@ def _digest(model: Any) -> str:
     """A SHA-256 over everything but the metadata."""
     bare = type(model)()
     bare.CopyFrom(model)
+    # The digest stands there.
     del bare.metadata_props[:]
     return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()

@@ -200,6 +200,7 @@ def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with open(path, "rb") as file:
             header = int.from_bytes(file.read(8), "little")
+        # A header longer than the file is refused by safetensors itself.
         if _MAX_HEADER < header < Path(path).stat().st_size:
             raise ValueError(
                 f"cannot read {path}: its header of {header} bytes describes no network"
@@ -207,6 +208,7 @@ def _read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         with safe_open(path, "np") as file:
             names = list(file.keys())
             for name in names:
+                # Asked first, as get_tensor fails on other kinds without a name.
                 if (dtype := file.get_slice(name).get_dtype()) not in _SAFETENSORS:
                     raise ValueError(
                         f"cannot read {path}: {shown(name)} is of {shown(dtype)}, which NumPy has "
@@ -259,6 +261,7 @@ def _numbers(name: str, state: Mapping[str, np.ndarray]) -> np.ndarray:
     array = state[name]
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} is of {array.dtype}, and weights are floating point numbers")
+    # What overflows is refused below, by name.
     with np.errstate(over="ignore"):
         numbers = np.asarray(array, np.float32)
     if not np.isfinite(numbers).all():

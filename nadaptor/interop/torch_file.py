@@ -68,6 +68,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     Source: torch/serialization.py and torch/_utils.py of PyTorch, for both layouts.
     """
     try:
+        # A pipe or a device would be read without an end.
         if not Path(path).is_file() and not Path(path).is_dir() and Path(path).exists():
             raise RefusedError("it is no regular file")
         data = Path(path).read_bytes()
@@ -121,6 +122,7 @@ def _directory(data: bytes) -> Iterable[_Record]:
     if end < 0:
         raise RefusedError("it is truncated: the directory of its zip archive is missing")
     count, _, place = struct.unpack_from("<HII", data, end + 10)
+    # An archive of 64 bits has the place of its directory right before the end.
     if end >= 20 and data[end - 20 : end - 16] == _LOCATOR:
         (end64,) = struct.unpack_from("<Q", data, end - 12)
         if data[end64 : end64 + 4] != _END64:
@@ -154,6 +156,7 @@ def _wide(extra: bytes, *values: int) -> list[int]:
         kind, length = struct.unpack_from("<HH", extra)
         wide = extra[4 : 4 + length] if kind == 1 else wide
         extra = extra[4 + length :]
+    # APPNOTE 4.5.3: in this order, and only those whose short field is all ones.
     found = []
     for value in values:
         if value == 0xFFFFFFFF:
@@ -169,6 +172,7 @@ def _content(data: bytes, record: _Record) -> memoryview:
         raise RefusedError(f"its record {name} is compressed or encrypted, which torch never does")
     if data[record.header : record.header + 4] != _LOCAL:
         raise RefusedError(f"its record {name} is damaged")
+    # The extra field differs from the directory's: torch pads with it to align the numbers.
     named, extra = struct.unpack_from("<HH", data, record.header + 26)
     start = record.header + 30 + named + extra
     content = memoryview(data)[start : start + record.size]
@@ -246,6 +250,7 @@ def _array(tensor: Tensor, storages: Storages) -> np.ndarray:
         )
     strides = [stride * flat.itemsize for stride in tensor.strides]
     at = flat[tensor.offset :]
+    # It checks no bounds of its own.
     return np.lib.stride_tricks.as_strided(at, tensor.shape, strides, writeable=False)
 
 

@@ -167,6 +167,7 @@ class _Machine:
         return self.number(size, signed=True)
 
     def raw(self, size: int) -> bytes:
+        # Before it is read: a file may state any length.
         self.text_left -= size
         if self.text_left < 0:
             raise RefusedError(f"it holds more than {MAX_TEXT} letters; save a plain state dict")
@@ -211,6 +212,7 @@ class _Machine:
         return _BUILDERS[function.name](*_of(tuple, arguments))
 
     def put(self, index: int) -> None:
+        # A dict: in a list, an index of the file's could be as large as memory.
         self.memo[index] = self.stack[-1]
 
     def extend(self, items: list[Any]) -> None:

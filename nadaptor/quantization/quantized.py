@@ -188,6 +188,7 @@ class Quantized:
         if entry is not None:
             factor = 1.0
             if entry.scaled:
+                # LSQ's N: the features of one example that share this scale.
                 features = _features(v.shape, self.batch_axis) / math.prod(jnp.shape(scale))
                 factor = 1 / math.sqrt(features * self.levels)
             activate = functools.partial(entry.forward, factor)
@@ -206,6 +207,7 @@ class Quantized:
                 f"{v.shape} and the batch axis {axis}; give one key, or one for each example"
             )
         scale = jnp.asarray(scale)
+        # Mapped over the examples v has no batch axis; a scale that has one of length 1 loses it.
         inner = scale.squeeze(axis) if scale.ndim == v.ndim and scale.shape[axis] == 1 else scale
 
         def one(key: jax.Array, v: jax.Array) -> jax.Array:

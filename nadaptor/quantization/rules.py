@@ -17,7 +17,8 @@ from nadaptor.quantizers import mmse_scale
 Rule = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 """Maps activations >= 0 and the axes to reduce (kept, with length 1) to a threshold."""
 
-# The smallest scale that training may reach.
+# The smallest scale that training may reach: weight decay acts on scales, too, and an update may
+# take one through 0.
 SCALE_FLOOR = 1e-4
 # What is measured below this is taken for silence.
 SMALLEST = 1e-6
@@ -76,6 +77,7 @@ def percentile(percent: float = 99.9) -> Rule:
         # The zeros come first; to mark them as NaN would be a fault to `jax_debug_nans`.
         size, number = ordered.shape[-1], (ordered > 0).sum(-1, keepdims=True)
         wide = jnp.promote_types(a.dtype, jnp.float32)
+        # Linear between the two values beside it, as numpy's percentile.
         place = jnp.maximum(number - 1, 0).astype(wide) * (percent / 100)
         below = jnp.floor(place)
 
@@ -137,6 +139,7 @@ def scale_rule(rule: str | Rule, levels: int, percent: float, by_threshold: bool
         ValueError: the name is unknown, or the percentage is out of its range.
     """
     # The scale of mmse and lsq first: times and by the levels would round.
+    # levels // unit is the levels where the scale is the threshold, and else 1.
     unit = 1 if by_threshold else levels
     scales: dict[str, Rule] = {
         "mmse": lambda a, axes: mmse_scale(a, levels, axes) * (levels // unit),

@@ -121,6 +121,7 @@ def export(
         "class_names": None if class_names is None else list(class_names),
         "platforms": list(exported.platforms),
     }
+    # Before anything is written: a field that JSON cannot hold leaves what is there.
     sealed = seal_sidecar(said, net, exported.in_avals, exported.out_avals)
     write_bytes(path, artefact)
     write_json(sidecar_of(path), sealed)
@@ -268,6 +269,7 @@ def _one_more(data: Any) -> Any:
 
 def _of_batch(error: Exception) -> Exception:
     """Says what to do where a function does not work for an open number of examples."""
+    # A refusal of our own names its remedy already.
     if isinstance(error, ValueError) and str(error).startswith("cannot convert"):
         return error
     line = " ".join(str(error).split())[:300]

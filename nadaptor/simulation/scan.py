@@ -145,6 +145,7 @@ def simulate(
 
     def run(net: SpikingNetwork, prepared: Prepared, chunk: int) -> Simulation:
         sim = run_network(net, prepared, num_steps, chunk, correction)
+        # With an axis, along which tiles and devices are joined; `_together` takes the last.
         return sim if sim.settled is None else sim._replace(settled=sim.settled[None])
 
     options = dict(neuron=neuron, coding=coding, nonaffine=nonaffine, over_time=over_time)
@@ -154,6 +155,7 @@ def simulate(
 
     def out_axes(whole: SpikingNetwork, part: SpikingNetwork) -> Any:
         pairs = zip(part.layers, whole.layers, strict=True)
+        # Axis 0 of the outputs is time.
         axes = Simulation(1, tuple(batch_axis(a.shape, b.shape) for a, b in pairs), SHARED)
         sums = axes._replace(negative_counts=axes.spike_counts, settled=0)
         return sums if coding == "sum" else axes
@@ -166,6 +168,7 @@ def simulate(
     check_independent("devices", list(devices), in_axes)
     check_no_mesh(args, "devices")
     axes, number = example_axes(in_axes, args)
+    # Of the whole only the shapes: its layers say where the examples are.
     net = convert(*args)
     check_example_outputs(net.output_shapes, number)
 
@@ -218,6 +221,7 @@ def run_in_tiles(
     if tile >= number:
         return run(net, net.prepare(*args), chunk)
 
+    # First that of a whole tile, then that of what is left over.
     parts: list[SpikingNetwork] = []
 
     def start(*args: Any) -> Callable[..., Any]:
@@ -277,8 +281,10 @@ def start_carry(net: SpikingNetwork, prepared: Prepared, correction: Correction 
         )
     first, means = net.init(prepared), net.init_means()
     out = jax.eval_shape(lambda *args: net.step(*args), first, prepared)[1]
+    # The entry of the running means is carried apart from those of the layers.
     state = net.shard(correction.start(net, prepared)) if correction else first[: len(net.layers)]
     leaves, tree = jax.tree.flatten(out)
+    # What is averaged here is added up in float32 at least; a mean or a sum stays as it comes.
     as_is = [net.coding == "sum" or is_mean for is_mean in net.mean_outputs]
     dtypes = [
         x.dtype if same else jnp.promote_types(x.dtype, jnp.float32)
