@@ -230,6 +230,7 @@ def extra(name: str, user: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
+        # A module of our own that is missing is a fault here, which no extra mends.
         if package in ("", "nadaptor"):
             raise
         message = f'{user} needs {package}: pip install "nadaptor[{name}]"'

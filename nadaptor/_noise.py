@@ -74,5 +74,6 @@ def layer_keys(key: jax.Array | None, layers: Sequence[Any]) -> dict[str, jax.Ar
     keys = {}
     for number, layer in enumerate(layers):
         make = functools.partial(of_layer, number=number, turns=layer.turns)
+        # The examples' axis comes after those of the turns, which a scan slices off.
         keys[layer.name] = jax.vmap(make, 0, len(layer.turns))(key) if key.ndim else make(key)
     return keys

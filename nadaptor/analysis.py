@@ -144,6 +144,7 @@ def _rates(
 
         def fire(i: int, x: jax.Array) -> tuple[Any, jax.Array]:
             after, out = net.neuron.step(state[i], x, net.layers[i].threshold)
+            # With sum coding x and out are totals already.
             return (after, out if sums else totals[i] + out), out
 
         kept, _, means = net.advance(prepared, means, fire)
@@ -255,6 +256,7 @@ def _layer_report(
     unit, most = (1, layer.threshold) if sums else (layer.threshold, steps)
     start = layer.start / layer.threshold if sums else layer.start
     expected = jnp.clip(jnp.floor((current + start) / unit), 0, most)
+    # XLA may divide by a constant through its reciprocal.
     sent = jnp.round(total / unit)
     noise = jnp.clip(sent - expected, -MOST_NOISE, MOST_NOISE).astype(jnp.int32)
     return LayerReport(

@@ -132,6 +132,7 @@ def calibrate_thresholds(
     # A layer, or channel, that is silent on the whole batch keeps the threshold it has.
     usable = [jnp.where(th > SMALLEST, th, 1.0).astype(jnp.float32) for th in found]
     return Calibration(
+        # From half the threshold the neuron's floor is a rounding.
         tuple(usable), tuple(th / 2 for th in usable), tuple(jnp.zeros_like(th) for th in usable)
     )
 
@@ -269,6 +270,7 @@ def _convert(f: Callable[..., Any], args: tuple[Any, ...], nonaffine: Nonaffine)
     """Converts f as it is where it has quantizers; else with thresholds of 1 for its ReLUs."""
     closed, _ = to_jaxpr(f, *args)
     if not contains(closed.jaxpr, is_mark):
+        # Thresholds of 1: what is measured is in the units of the function.
         clipped = quantize(f, activation="clipped_relu", pools=nonaffine == "refuse")
         f = functools.partial(clipped, 1.0)
     return spiking(f, *args, nonaffine=nonaffine)
@@ -294,8 +296,10 @@ def _layer_by_layer(
         def run(start: jax.Array, bias: jax.Array) -> jax.Array:
             state = net.neuron.init(net.layers[i].shape, threshold, start)
             state = jax.tree.map(lambda s: shard_like(s, jax.typeof(x[0])), state)
+            # The network is the one without the biases: its currents lack them.
             return jax.lax.scan(lambda s, c: net.neuron.step(s, c, threshold), state, x + bias)[1]
 
+        # Two runs: what is missing is measured on the first, and the next layer sees the second.
         adjusted = adjust(wanted[i] - run(*found).mean(0), *found)
         return (threshold, *adjusted), run(*adjusted)
 

@@ -73,6 +73,7 @@ class OffsetSpikes:
 
     def start(self, net: SpikingNetwork, prepared: Prepared) -> tuple[State, ...]:
         """Returns the corrected start state of every layer."""
+        # Both stages run plain neurons; the network's own begin where these lead.
         neuron = IntegrateAndFire()
 
         def fire(i: int, x: jax.Array) -> tuple[State, jax.Array]:
@@ -89,6 +90,7 @@ class OffsetSpikes:
         # A neuron that was never silent has no m-: 0.001 makes its shift 1.
         undefined = 0.001 if self.saturated == "capped" else -1000.0
         silent = jnp.where(seen.highest_silent == -_LARGEST, undefined, seen.highest_silent)
+        # So shifted, m+ is 0.999 and fires no more, and m- is 1.001 and fires.
         lower = jnp.maximum(1.0, seen.lowest_fired - 0.999)
         higher = jnp.maximum(1.0, 1.001 - silent)
         surplus = (seen.potential < 0) & seen.fired
@@ -127,6 +129,7 @@ class Srp:
 
     def start(self, net: SpikingNetwork, prepared: Prepared) -> tuple[State, ...]:
         """Returns the ordinary start state, the least number for silenced neurons."""
+        # Plain neurons, whose state is the potential.
         plain = dataclasses.replace(net, neuron=IntegrateAndFire())
         potentials, _ = jax.lax.scan(
             lambda state, _: (plain.step(state, prepared)[0], None),

@@ -75,6 +75,7 @@ def early_exit(outputs: jax.Array, thresholds: jax.Array) -> EarlyExit:
     confidence = jax.nn.softmax(outputs).max(-1)
     sure = confidence >= thresholds.reshape(-1, *[1] * confidence.ndim)
     last = outputs.shape[0] - 1
+    # argmax gives the first of equal values: the first step that is sure.
     index = jnp.where(sure.any(1), sure.argmax(1), last)
     classes = outputs.argmax(-1)
     predictions = jax.vmap(lambda i: jnp.take_along_axis(classes, i[None], 0)[0])(index)
@@ -186,6 +187,7 @@ def _stop(
 ) -> EarlyExit:
     """Adds the examples that stop in a chunk of steps; `steps` is 0 for those that have not."""
     sure = jax.nn.softmax(means).max(-1) >= confidence
+    # At step T all stop, and so ends the loop; a chunk may run beyond it.
     sure |= (times >= num_steps)[:, None]
     first = sure.argmax(0)
     classes = jnp.take_along_axis(means.argmax(-1), first[None], 0)[0]

@@ -132,6 +132,7 @@ class SignedIntegrateAndFire:
         u = state.potential + x
         spikes = fire(u, threshold)
         u, net = u - threshold * spikes, state.net_spikes + spikes
+        # Who has fired ends at 0 or above: at the first step nothing is taken back.
         back = ((u <= -1e-3 * threshold) & (net > 0)).astype(u.dtype)
         return SignedState(u + threshold * back, net - back), threshold * (spikes - back)
 
@@ -189,6 +190,7 @@ class StBif:
             inside = (x > 0) & (x < threshold)
             wanted = _rounded(self.surrogate, u, wanted, inside.astype(jnp.float32))
         missing = wanted - state.sent
+        # Not a clip: within one spike of it the total is `wanted`, and has its derivative.
         sent = jnp.where(jnp.abs(missing) > 1, state.sent + jnp.sign(missing), state.sent + missing)
         return Count(sent, state.start), sent
 
@@ -216,6 +218,7 @@ def fire(
     spikes = (u >= threshold).astype(u.dtype)
     if surrogate is None:
         return spikes
+    # The output is the threshold times z: in u its derivative is the surrogate's value alone.
     distance = u / threshold - 1
     return _with_derivative(surrogate)(distance, jax.lax.stop_gradient(spikes))
 
@@ -267,5 +270,6 @@ def _rounded(surrogate: Callable, u: jax.Array, floor: jax.Array, inside: jax.Ar
 def _rounded_jvp(
     surrogate: Callable, primals: tuple, tangents: tuple
 ) -> tuple[jax.Array, jax.Array]:
+    # With the start of half a level, the integers of u are the ties.
     u, floor, inside = primals
     return floor, surrogate(jnp.abs(u - jnp.round(u))) * inside * tangents[0]

@@ -242,6 +242,7 @@ class _Counter:
             elif op.primitive.name in _PRODUCTS or (exact and op.primitive.name in _POOLS):
                 macs = int(_integers(outputs[0]).sum())
                 result[self._target(op)] += np.array([analog, not (analog or exact), 1]) * macs
+            # A value is there or not, by however many paths: it is multiplied once.
             there.update((i, jnp.minimum(x, 1)) for i, x in zip(op.outputs, outputs, strict=True))
         return [(int(a), int(b), int(c)) for a, b, c in result]
 

@@ -262,17 +262,21 @@ def mmse_scale(
     largest = largest if axis_name is None else jax.lax.pmax(largest, axis_name)
 
     def error(factor: jax.Array) -> jax.Array:
+        # Where all is zero so would the scale be, by which nothing can be divided.
         scale = jnp.maximum(largest * factor, _SMALLEST)
         loss = ((a - lsq(a, scale, levels)) ** 2).mean(axes, keepdims=True)
         return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
 
     factors = 1 - 0.01 * jnp.arange(95)
+    # One candidate at a time: else 95 copies of the layer are held at once.
     return largest * factors[jax.lax.map(error, factors).argmin(0)]
 
 
+# One `Activation` for the same numbers, so that its mark is traced once.
 @functools.cache
 def _lsq(levels: int) -> Activation:
     def forward(x, key):
+        # Eq. 3; of the residual, Eq. 4 and 5.
         q = round_half_up(jnp.clip(x, 0, levels))
         return q, encode(x <= 0, x >= levels, round_half_up(x) - x)
 
@@ -293,6 +297,7 @@ def _noise_adaptor(levels: int, amplitude: float, gradient: str) -> Activation:
 @functools.cache
 def _clipped_relu() -> Activation:
     def forward(x, key):
+        # One level, so that the scale is the threshold.
         return jnp.clip(x, 0, 1), encode(x <= 0, x >= 1, jnp.zeros_like(x))
 
     return Activation(Mark(1, 0.5), forward, decode(1))
@@ -302,6 +307,7 @@ def _clipped_relu() -> Activation:
 def _qcfs(levels: int, clip: str) -> Activation:
     def forward(x, key):
         rounded = round_half_up(x)
+        # Clipped last, behind a straight-through floor, half a level beyond each end passes.
         edges = (x < 0, x > levels) if clip == "first" else (rounded < 0, rounded > levels)
         q = jnp.clip(rounded, 0, levels)
         return q, encode(*edges, q - x)
@@ -318,8 +324,10 @@ def _slip_relu(levels: int, slope: float, shift: float, floor_shift: float) -> A
     def slopes(x):
         linear, floored = x + shift, jnp.floor(x + floor_shift)
         dv = slope * _within(linear, levels) + (1 - slope) * _within(floored, levels)
+        # y = s value(v/s), and so dy/ds = value(x) - x value'(x).
         return dv, value(x) - x * dv
 
+    # x itself is kept, as its slopes need it; in half precision it may cross an edge.
     return Activation(Mark(levels, floor_shift * levels), lambda x, key: (value(x), x), slopes)
 
 

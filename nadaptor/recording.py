@@ -194,6 +194,7 @@ def _choose(
         if name not in shapes:
             raise ValueError(f"there is no layer {name!r}; the layers are {', '.join(shapes)}")
         try:
+            # An array of the layer's shape that takes no memory, to try the index on.
             np.broadcast_to(np.int8(0), shapes[name])[index]
         except IndexError as error:
             raise ValueError(
@@ -222,6 +223,7 @@ def _observe(
 def _potential(state: State, x: jax.Array) -> jax.Array:
     """The potential in a neuron's state after a step."""
     if isinstance(state, Count):
+        # What has arrived and is not sent: x - c + 1/2.
         return x - state.sent + state.start
     potential = getattr(state, "potential", state)
     if not isinstance(potential, jax.Array):

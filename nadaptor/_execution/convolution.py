@@ -58,6 +58,7 @@ def no_events(backend: str) -> str:
     """Says why there is no convolution by events, where a network has none."""
     if backend != "cpu":
         return f"its kernel is for a CPU, and the default device is a {backend}"
+    # 455 and 4096 inputs are MOST_WEIGHTS, over 32 outputs and 9 positions or 1.
     return load_kernel().reason or (
         "no convolution of spikes is 3x3 or 1x1, in float32, of one group and undilated, from "
         "8 to 455 channels (1x1: 4096) into 16 or more"

@@ -124,6 +124,7 @@ def _batched(args: Any, axes: Any, *, conv: _Conv) -> tuple[jax.Array, int]:
     if axes[0] is None or any(axis is not None for axis in axes[1:]):
         # Another kernel for each example: the one thing that the kernel cannot do at once.
         return jax.vmap(lambda x, w: _dense(x, w, conv), axes[:2])(x, w), 0
+    # Steps and examples are one batch to the kernel.
     x = jnp.moveaxis(x, axes[0], 0)
     y = event_convolution.bind(x.reshape(-1, *x.shape[2:]), w, blocks, most, conv=conv)
     return y.reshape(*x.shape[:2], *y.shape[1:]), 0

@@ -49,6 +49,7 @@ def load_kernel() -> Kernel:
         key = _key(compiler)
         library = ctypes.CDLL(str(_library(compiler, key)))
         capsule = jax.ffi.pycapsule(getattr(library, _SYMBOL))
+    # No error of the user's: convolutions stay dense, and a warning says why.
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         return Kernel(None, f"{compiler} made no kernel: {_last_line(error)}")
     target = f"nadaptor_events_{key}"

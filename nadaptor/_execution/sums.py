@@ -35,6 +35,7 @@ def add_steps(sent: Sent, totals: jax.Array, time: jax.Array) -> Sent:
         >>> sent.positive.tolist(), sent.negative.tolist(), sent.last.item()
         ([1, 0], [1, 0], 2)
     """
+    # Totals are integers that float32 holds exactly: `fitting_neuron` has seen to it.
     before = jnp.concatenate([sent.total[None], totals[:-1]])
     spikes = (totals - before).astype(jnp.int32)
     fired = (totals != before).any(tuple(range(1, totals.ndim)))

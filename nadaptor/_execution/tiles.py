@@ -78,6 +78,7 @@ def in_tiles(
     run = start(*part(0, size))
     parts = [jax.lax.map(lambda i: run(*part(i * size, size)), jnp.arange(tiles))]
     if rest:
+        # A smaller tile is another network, traced and prepared by itself.
         last = part(tiles * size, rest)
         parts.append(start(*last)(*last))
     return jax.tree.map(_join, jax.tree.broadcast(out_axes(), parts[0]), *parts)

@@ -179,6 +179,7 @@ class _Finder:
 
     def _layer(self, op: FlatOp, kind: str) -> QuantizedLayer:
         """The entry of an operation, named as `spiking` names its layers."""
+        # Among the neurons alone, as `spiking` counts: pools are added after them.
         number = sum(plan.layer is not None for plan in self.plans.values())
         name = _pool_scope(op) if kind == "max_pool" else _scope(op) or f"layer{number}"
         name = f"{name}:{self.uses[name] + 1}" if self.uses[name] else name

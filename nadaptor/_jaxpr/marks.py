@@ -90,6 +90,7 @@ def decode(levels: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
 # under jit, pmap, scan and remat.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scaled(activation: Activation, v: jax.Array, scale: jax.Array, key: Any) -> jax.Array:
+    # In float32 up to the product, which is rounded once to the type of v.
     q = _marked(activation)(_in_units(v, scale), key)
     return (q * scale).astype(v.dtype)
 

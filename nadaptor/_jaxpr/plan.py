@@ -23,6 +23,7 @@ from nadaptor._jaxpr.affine import (
 )
 from nadaptor._jaxpr.trace import Atom, Op, Trace, contains, reached, sub_jaxprs, variables
 
+# Operations in which devices wait for each other.
 _COLLECTIVES = {"psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_gather"}
 _COLLECTIVES |= {"all_gather_invariant", "all_gather_reduced", "all_to_all", "ragged_all_to_all"}
 _COLLECTIVES |= {"reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"}

@@ -37,6 +37,7 @@ _CUSTOM = {
 }
 # The name of a function of ours whose derivative is the true one: simulation has ways of its own.
 OPEN = "nadaptor_convolution"
+# Calls that are bound whole, and the parameter that holds what they do with spikes.
 _KEPT = {**_CUSTOM, "linear_call": "callee"}
 BODIES = {**_GROUPS, **_CUSTOM}
 # From so many turns on, the user is told what a scan with quantizers costs.
@@ -240,6 +241,7 @@ def _kept_bodies(eqn: Any, spikes: list[bool], location: Location) -> tuple[Trac
     if name in _KEPT:
         body = _closed(eqn.params[_KEPT[name]])
         return (_trace(body, spikes, enter(body, location)),)
+    # A branch that spikes choose is refused for that, whatever stands in it.
     if name == "cond" and not spikes[0]:
         branches = map(_closed, eqn.params["branches"])
         return tuple(_trace(body, spikes[1:], enter(body, location)) for body in branches)
