@@ -78,8 +78,7 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
     described = {"digests": digests(arrays), "shapes": shapes(arrays)}
     full = seal({**card, "kind": kind, "versions": versions(), **described})
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Those of a run that was killed while it saved.
-    # tempfile ends a name in eight letters.
+    # Those of a run that was killed while it saved; tempfile's names end in eight letters.
     for left in path.parent.glob(f".{path.name}-????????"):
         shutil.rmtree(left, ignore_errors=True)
     with (

@@ -142,6 +142,7 @@ def convert_command(
     # Each of the three ways has a number of its own by default.
     count = {} if num_images is None else {"num_images": num_images}
     if measured.calibrate:
+        # None until here, so that an option that was given can be told from one that was not.
         options = CalibrationOptions(
             measured.calibrate,
             99.9 if measured.percent is None else measured.percent,

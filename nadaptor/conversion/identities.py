@@ -26,6 +26,7 @@ FLIPPED = 0.1
 SHORT, LONG = 8, 32
 # With sums: deep networks fall silent long before the bound.
 LONGEST = 256
+# By the name of an identity, what was measured and what is allowed.
 Measured = dict[str, tuple[Any, float]]
 
 

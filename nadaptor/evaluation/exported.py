@@ -42,6 +42,7 @@ def simulate_exported(
     exported = load_exported(path)
     source = _open(path, exported, split, dataset, data_dir, num_images)
     (wanted,) = exported.sidecar["inputs"]
+    # The first axis is that of the batch.
     if list(source.spec.image_shape) != wanted["shape"][1:]:
         raise ValueError(
             f"{path} takes images of shape {wanted['shape'][1:]}, and those of "

@@ -136,6 +136,7 @@ def report_conversion(
 def _trained_accuracy(source: Path | Weights, data_dir: Path | None, num_images: int) -> float:
     """Accuracy of a network before its conversion, without noise."""
     origin = open_origin(source, data_dir)
+    # As the conversion is checked, whatever the network was trained in.
     config = replace(origin.config, dtype="float32")
     if isinstance(source, Weights):
         # A file has no scales, whatever the config says.

@@ -57,6 +57,7 @@ def fold_batch_norm(
         )
     params, stats = _flat(variables["params"]), _flat(variables.get("batch_stats", {}))
     _check_statistics(params, stats)
+    # By their statistics, because a norm may have no parameters.
     norms = sorted({path[:-1] for path in stats})
     layers = _partners(norms, params, pairs or {})
     for norm, layer in layers.items():

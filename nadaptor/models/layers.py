@@ -71,6 +71,7 @@ class Layers(NamedTuple):
             strides=(stride, stride),
             # Not "SAME", which pads the other side first at stride 2.
             padding=[(size // 2, size // 2)] * 2,
+            # A folded network has the offset of the norm as its bias.
             use_bias=bias or self.norm is None,
             dtype=self.dtype,
             kernel_init=kaiming,

@@ -183,7 +183,7 @@ def _train(config: Config, workdir: Path, options: Options, deadline: Deadline) 
 def _go_on(run: Run, workdir: Path, folder: Path, deadline: Deadline) -> Path:
     """Trains what is still to be trained, from the last snapshot, the parent or the beginning."""
     config, options, checkpoint = run.config, run.options, folder / "checkpoint"
-    # A run that has begun has what became of its parent's weights in its snapshots.
+    # The folder of snapshots is made once the parent is trained.
     parent = None if (folder / "snapshots").exists() else parent_of(config)
     if parent and not options.init_from:
         _train_parent(run, parent, workdir, deadline)
