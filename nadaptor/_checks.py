@@ -73,6 +73,7 @@ def check_scale(scale: ArrayLike, shape: tuple[int, ...], name: str) -> jax.Arra
     if not jnp.issubdtype(scale.dtype, jnp.floating):
         scale = scale.astype(jnp.float32)
     try:
+        # Broadcast the other way, it would change the activation's shape.
         fits = jnp.broadcast_shapes(scale.shape, shape) == tuple(shape)
     except ValueError:
         fits = False

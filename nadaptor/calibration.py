@@ -131,8 +131,8 @@ def calibrate_thresholds(
     ]
     # A layer, or channel, that is silent on the whole batch keeps the threshold it has.
     usable = [jnp.where(th > SMALLEST, th, 1.0).astype(jnp.float32) for th in found]
+    # From half the threshold the neuron's floor is a rounding.
     return Calibration(
-        # From half the threshold the neuron's floor is a rounding.
         tuple(usable), tuple(th / 2 for th in usable), tuple(jnp.zeros_like(th) for th in usable)
     )
 

@@ -132,7 +132,7 @@ class SignedIntegrateAndFire:
         u = state.potential + x
         spikes = fire(u, threshold)
         u, net = u - threshold * spikes, state.net_spikes + spikes
-        # Who has fired ends at 0 or above: at the first step nothing is taken back.
+        # A neuron that fires ends at 0 or above: at the first step nothing is taken back.
         back = ((u <= -1e-3 * threshold) & (net > 0)).astype(u.dtype)
         return SignedState(u + threshold * back, net - back), threshold * (spikes - back)
 
@@ -187,6 +187,7 @@ class StBif:
         u = jnp.maximum(x, -(2.0**30)) + state.start
         wanted = jax.lax.stop_gradient(jnp.clip(jnp.floor(u), 0, threshold))
         if self.surrogate is not None:
+            # As in LSQ: nothing passes where the clip holds.
             inside = (x > 0) & (x < threshold)
             wanted = _rounded(self.surrogate, u, wanted, inside.astype(jnp.float32))
         missing = wanted - state.sent

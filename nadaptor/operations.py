@@ -253,6 +253,7 @@ class _Counter:
         here = [counts[i] for i in variables(op.inputs) if i in counts]
         if name in _PRODUCTS:
             operands = [self._operand(atom, counts, 1) for atom in op.inputs]
+            # A product in fewer bits, as accelerators have it, would round counts.
             return _bind(op, operands, precision=jax.lax.Precision.HIGHEST)
         scaled = counted == [True, False] or (name == "mul" and counted == [False, True])
         if name in _SUMS or (name in _SCALINGS and scaled):

@@ -130,6 +130,7 @@ def _checked(
 
 def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -> None:
     """Waits at the coordinator's address until every process of a run has come there."""
+    # An IPv6 address stands in brackets.
     host, _, port = coordinator.replace("[", "").replace("]", "").rpartition(":")
     until = time.monotonic() + timeout
     late = f"within {timeout} s; check that each process was started, and the address"

@@ -286,6 +286,7 @@ def _lsq(levels: int) -> Activation:
 @functools.cache
 def _noise_adaptor(levels: int, amplitude: float, gradient: str) -> Activation:
     def forward(x, key):
+        # One draw for q and residual: the backward pass has the noise of the forward pass.
         noisy = x + uniform_noise(key, x.shape, amplitude).astype(x.dtype)
         q = round_half_up(jnp.clip(noisy, 0, levels))  # Eq. 7
         inside = round_half_up(noisy) - (noisy if gradient == "paper" else x)  # Eq. 10

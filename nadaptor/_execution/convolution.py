@@ -186,6 +186,7 @@ def kn2row(x: jax.Array, w: jax.Array, padding: Padding) -> jax.Array:
     outputs = [size + sum(edge) - 2 for size, edge in zip(x.shape[1:3], padding, strict=True)]
     rows, columns = (_spans(*both) for both in zip(outputs, padding, strict=True))
     (top, _), (left, _) = padding
+    # Under position (i, j) of the filter, output (r, s) meets pixel (r + i - top, s + j - left).
     products = [
         jnp.pad(
             x[:, i + a - top : i + b - top, j + c - left : j + d - left] @ w[i, j],

@@ -74,6 +74,7 @@ def run_chunk(net: Network, prepared: Any, carry: Carry, size: int) -> tuple[Car
 
     def rest(carry: Carry) -> tuple[Carry, Any]:
         same = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), carry.total)
+        # Time goes on, by which an early exit ends at T.
         return carry._replace(time=carry.time + size), same
 
     run = functools.partial(_run_sums, net, prepared, size=size)

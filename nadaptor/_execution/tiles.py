@@ -131,6 +131,7 @@ def example_axes(in_axes: Any, args: tuple[Any, ...]) -> tuple[list[int | None],
 def check_example_outputs(shapes: Any, number: int) -> None:
     """Raises a ValueError unless all outputs of a function have the examples along axis 0."""
     for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+        # Parts of anything else would be joined along a wrong axis, without a word.
         if x.ndim == 0 or x.shape[0] != number:
             name = " ".join(filter(None, ("output", jax.tree_util.keystr(path))))
             raise ValueError(

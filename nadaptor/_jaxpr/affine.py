@@ -62,6 +62,7 @@ _BRANCH = "write the loop or branch in Python, or as lax.scan"
 _PROBABILITIES = _words("sigmoid logistic log_sigmoid")
 # Effects that may as well happen at every step: they look, and change nothing.
 _STEP_EFFECTS = {"DebugEffect", "OrderedDebugEffect"}
+# By the library's function, the primitive or the Flax module, whichever is known first.
 _REMEDIES = {
     "max_pool": "replace max_pool by avg_pool before training",
     "max": "for a ReLU use a quantized activation such as nadaptor.lsq; for pooling, avg_pool",

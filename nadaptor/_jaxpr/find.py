@@ -136,6 +136,7 @@ class _Finder:
             elif self.pools and is_max_pool(op.eqn) and self._data(op):
                 pooled.append(op)
             else:
+                # A loop over parameters alone may clip them.
                 if self._data(op):
                     _check_no_relu_inside(op, self.pools)
                 others.append(op)
@@ -146,6 +147,7 @@ class _Finder:
             self._add_pool(op, not spikes.isdisjoint(variables(op.inputs)))
         left = [entry for op, entry in self.left if op.path not in self.covered]
         left += [self._other(op) for op in others if self._is_nonlinear(op, spikes)]
+        # A function of a library is several operations, and one entry.
         return Found(dict(sorted(self.plans.items())), tuple(dict.fromkeys(left)))
 
     def _data(self, op: FlatOp) -> bool:

@@ -197,6 +197,7 @@ def _walk(
     values = {**traced.consts, **dict(zip(traced.inputs, leaves, strict=True))}
     shape = tuple(args[position].shape)
     sizes = dict(zip(names, shape, strict=True))
+    # Channels first, as in NIR; axes without a name keep their order.
     order = [n for n in (CHANNEL, "s0", "s1") if n in sizes] or names[1:]
     inner = tuple(sizes[n] for n in order)
     unnamed = {n: s for n, s in sizes.items() if n == BATCH or n.startswith("x")}
@@ -206,6 +207,7 @@ def _walk(
     walker.writer.emit("input", source, ())
     one, zero = np.ones((), np.float32), np.zeros((), np.float32)
     data = Signal((Term(("input",), None, one, inner[1:]),), zero, names, inner)
+    # The data is a signal, and no array to compute with.
     del values[traced.inputs[first]]
     walker.signals[traced.inputs[first]] = data
 

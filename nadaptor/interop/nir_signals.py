@@ -53,6 +53,7 @@ class Writer:
 
     def emit(self, name: str, node: Any, sources: Sequence[str]) -> str:
         """Adds a node after others, under the name or the next that is free."""
+        # A slash would open a group in HDF5.
         name = name.replace("/", ".")
         unique, number = name, 1
         while unique in self.nodes:
@@ -169,6 +170,7 @@ def symmetric(linear: Linear, pads: Sequence[tuple[int, int]]) -> Linear | None:
     if min(min(pair) for pair in pads) < 0:
         return None
     lacking = [size - sum(pair) for size, pair in zip(linear.weight.shape[2:], pads, strict=True)]
+    # n + 2p with p on both sides makes as many outputs as the window with its own padding.
     wanted = max(n + 2 * max(pair) for n, pair in zip(lacking, pads, strict=True))
     if any((wanted - n) % 2 for n in lacking):
         return None

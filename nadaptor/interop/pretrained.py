@@ -237,6 +237,7 @@ def _canonical(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    # They may stand in each other, in any order.
     for wrapper in _WRAPPERS * _MAX_WRAPPED:
         if state and all(name.startswith(wrapper) for name in state):
             state = {name.removeprefix(wrapper): a for name, a in state.items()}

@@ -91,6 +91,7 @@ def _open_zip(data: bytes) -> tuple[Any, Storages]:
     pickled = [name for name in records if name.split("/")[1:] == ["data.pkl"]]
     if len(pickled) != 1:
         raise RefusedError("it is a zip archive but no torch checkpoint: no data.pkl in a folder")
+    # The folder has whatever name the file was saved under.
     root = pickled[0].removesuffix("data.pkl")
     if f"{root}byteorder" in records:
         order = _content(data, records[f"{root}byteorder"])
