@@ -99,7 +99,9 @@ class Snapshots:
         # The next step takes the state as a donation, while this is still being written.
         host = jax.tree.map(np.asarray, jax.device_get(state))
         check_finite(host, step)
-        if not self.wait() or step in self._manager.all_steps():
+        # One that failed before it is told by `wait`; by now there may be room.
+        self.wait()
+        if step in self._manager.all_steps():
             return
         full = seal({**self._card, **card, "step": step, "digests": digests(host)})
         saved = ocp.args.PyTreeSave(_flat(host), ocdbt_target_data_file_size=FILE_BYTES)

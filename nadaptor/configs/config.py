@@ -167,6 +167,9 @@ def check_config(config: Config) -> Config:
     for field in ("learning_rate", "warmup_steps", "weight_decay", "seed"):
         if not 0 <= fields[field] < float("inf"):
             raise ValueError(f"{field} must be a number >= 0, not {fields[field]!r}")
+    for field in ("warmup_steps", "seed"):
+        if not isinstance(fields[field], int):
+            raise ValueError(f"{field} must be an int, not {fields[field]!r}")
     if fields["seed"] >= 2**63:
         raise ValueError(f"seed must be below 2^63, not {fields['seed']!r}")
     if fields["levels"] >= 2**24:

@@ -25,7 +25,7 @@ from nadaptor.data.registry import batch_indices, steps_per_epoch
 from nadaptor.data.source import Source, Split, normalize_array
 
 T = TypeVar("T")
-# A thread or process makes a whole batch: so many bytes of them may be under way in all.
+# A thread makes a whole batch: so many bytes of them may be under way in a process.
 BYTES_AHEAD = 2**31
 
 
@@ -270,7 +270,8 @@ def _ahead(
     import grain
 
     cores = os.cpu_count() or 1
-    threads = check_count(num_threads or (1 if num_workers else cores), "num_threads")
+    given = (1 if num_workers else cores) if num_threads is None else num_threads
+    threads = check_count(given, "num_threads")
     threads = max(1, min(threads, BYTES_AHEAD // (2 * batch_bytes)))
     made = grain.MapDataset.range(steps.start, steps.stop).map(make)
     # One buffered batch per thread, beside the one that the thread makes.

@@ -7,7 +7,7 @@ import numpy as np
 
 from nadaptor.data.config import DataConfig
 from nadaptor.data.source import Example, Source, sized_spec
-from nadaptor.data.tfds import KNOWN
+from nadaptor.data.tfds import KNOWN, PHOTOGRAPHIC
 
 # Images in the stored training sets.
 TRAINING_IMAGES: Mapping[str, int] = MappingProxyType(
@@ -24,6 +24,9 @@ def stand_in(data: DataConfig) -> Source | None:
     Returns:
         The source; None where the size of the data set is not known without it, or is too small.
 
+    Raises:
+        ValueError: its images cannot be had at that size.
+
     Example:
         >>> from nadaptor.configs.named import get_config
         >>> source = stand_in(get_config("imagenet_resnet50_na_p3").data)
@@ -33,7 +36,8 @@ def stand_in(data: DataConfig) -> Source | None:
     name = data.dataset.partition(":")[0]
     if name not in TRAINING_IMAGES:
         return None
-    spec = sized_spec(KNOWN[name], None, data.image_size)
+    stored = None if name in PHOTOGRAPHIC else KNOWN[name].image_shape
+    spec = sized_spec(KNOWN[name], stored, data.image_size)
     there = TRAINING_IMAGES[name] - data.validation_size
     size = there if data.train_size is None else data.train_size
     if not 0 < size <= there:

@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor.models.activations import Relu
-from nadaptor.models.layers import Layers, Slot, batch_norm, check_images, finish_logits
+from nadaptor.models.layers import (
+    Layers,
+    Slot,
+    batch_norm,
+    check_images,
+    convolution,
+    finish_logits,
+)
 
 # Expansion, features, blocks, stride of the first of them: Table 2 of the paper.
 _STAGES = (
@@ -91,7 +98,7 @@ class MobileNetV2(nn.Module):
 
     num_classes: int
     width: float = 1.0
-    conv: Slot = nn.Conv
+    conv: Slot = convolution
     norm: Slot | None = batch_norm
     activation: Slot = Relu
     dtype: Any = jnp.float32

@@ -183,8 +183,10 @@ def _train(config: Config, workdir: Path, options: Options, deadline: Deadline) 
 def _go_on(run: Run, workdir: Path, folder: Path, deadline: Deadline) -> Path:
     """Trains what is still to be trained, from the last snapshot, the parent or the beginning."""
     config, options, checkpoint = run.config, run.options, folder / "checkpoint"
-    # The folder of snapshots is made once the parent is trained.
-    parent = None if (folder / "snapshots").exists() else parent_of(config)
+    # The folder is made once the parent is trained, and is empty where the run was killed soon: the
+    # parent may be another one by now.
+    begun = any((folder / "snapshots").glob("[0-9]*"))
+    parent = None if begun else parent_of(config)
     if parent and not options.init_from:
         _train_parent(run, parent, workdir, deadline)
     said = {**run.card, "setting": _setting(run)}

@@ -2,7 +2,8 @@
 
 All of them end it at the next step, with a snapshot. Before the first step is done nothing is lost
 by ending at once, and a compilation, which Python's handlers wait for, may last for minutes: a
-thread ends the program then. A second Ctrl-C ends it at once, too.
+thread ends the program then. Ctrl-C alone waits for that step, for the program may be a notebook;
+a second one ends it at once.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ class Told:
         """Takes how several processes agree on the step to end at, and when it is time."""
         # Of several processes jax handles SIGTERM itself, and `handle` does not hear of it.
         self.number: int = signal.SIGTERM
-        self._came = self._began = False
+        self._came = self._began = self._signalled = False
         self._agreed, self._deadline = agreed, deadline
 
     def __call__(self, call: int) -> bool:
@@ -43,14 +44,14 @@ class Told:
         return self._agreed(call) if self._agreed else self._came
 
     def error(self, message: str) -> Exception:
-        """Returns what to raise at the end."""
-        if self._deadline.over():
+        """Returns what to raise at the end: a signal counts before a time that is over, too."""
+        if self._deadline.over() and not self._signalled:
             return OutOfTimeError(message)
         return Interrupted(message, self.number)
 
     def handle(self, number: int, _: Any = None) -> None:
         """Notes a signal, as its handler."""
-        self.number, self._came = number, True
+        self.number, self._came, self._signalled = number, True, True
         if self._agreed and number != signal.SIGTERM:
             # jax's own handler of SIGTERM lets all processes end at one step.
             os.kill(os.getpid(), signal.SIGTERM)

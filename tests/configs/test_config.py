@@ -81,6 +81,8 @@ def test_a_parent_shares_data_model_and_seed_and_keeps_its_own_recipe():
         ("weight_decay", -1e-4),
         ("noise_amplitude", -0.5),
         ("seed", -1),
+        ("seed", 0.5),
+        ("warmup_steps", 2.5),
         ("ema_decay", 1.0),
         ("train_size", 0),
         ("width", 0),

@@ -77,6 +77,8 @@ def test_a_batch_does_not_depend_on_threads_processes_or_where_it_starts(
     source = request.getfixturevalue(kind)
     whole = take(batches(source, augmentation, 3, 8, num_threads=1), 5)
     chex.assert_trees_all_equal(whole, take(batches(source, augmentation, 3, 8, num_threads=5), 5))
+    with pytest.raises(ValueError, match="num_threads must be a positive int, not 0"):
+        next(batches(source, augmentation, 3, 8, num_threads=0))
     chex.assert_trees_all_equal(
         whole[3:], take(batches(source, augmentation, 3, 8, start_step=3), 2)
     )

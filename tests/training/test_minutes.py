@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import signal
 from types import SimpleNamespace
 
 import chex
@@ -12,6 +13,7 @@ from nadaptor.cli.failures import failure
 from nadaptor.errors import OutOfTimeError
 from nadaptor.training import options, train
 from nadaptor.training.options import Deadline, Options
+from nadaptor.training.signals import Told
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -61,3 +63,11 @@ def test_minutes_that_never_come_or_end_at_once_are_refused(minutes):
 
 def test_a_command_whose_minutes_are_over_ends_with_a_code_of_its_own():
     assert failure(OutOfTimeError("after 3 steps")).code == 75
+
+
+def test_a_signal_that_came_first_is_what_a_late_run_says():
+    late = SimpleNamespace(over=lambda: True)
+    assert isinstance(Told(deadline=late).error("over"), OutOfTimeError)
+    told = Told(deadline=late)
+    told.handle(signal.SIGHUP)
+    assert told(0) and failure(told.error("told")).code == 128 + signal.SIGHUP

@@ -18,7 +18,8 @@ from nadaptor.cli import train as command
 from nadaptor.configs.config import replace
 from nadaptor.configs.named import get_config
 from nadaptor.data.registry import open_split
-from nadaptor.errors import HeldError
+from nadaptor.data.stand_in import stand_in
+from nadaptor.errors import HeldError, RunError
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.parallel import choose_devices
 from nadaptor.training import loop, train
@@ -242,3 +243,23 @@ def test_a_parent_of_other_classes_is_refused(small, done):
     source = run.images._replace(identity={**run.images.identity, "class_names": names})
     with pytest.raises(ValueError, match="class 0 of data set digits is '1', and was '0' when"):
         loop._finished(done[0] / "small/checkpoint", run._replace(images=source), config, ["seed"])
+
+
+def test_a_parent_is_looked_at_again_where_no_snapshot_is_there_yet(tmp_path, monkeypatch):
+    def look(*_):
+        raise RunError("the parent")
+
+    config = get_config("digits_na")
+    monkeypatch.setattr(loop, "_train_parent", look)
+    (tmp_path / config.name / "snapshots").mkdir(parents=True)
+    with pytest.raises(RunError, match="the parent"):
+        train(config, tmp_path, DEFAULT)
+
+
+def test_a_stand_in_has_the_sizes_that_the_data_set_has():
+    data = get_config("cifar10_resnet20").data
+    assert stand_in(dataclasses.replace(data, image_size=16)).spec.image_shape == (16, 16, 3)
+    with pytest.raises(ValueError, match="image_size 64 cannot be had from images of 32x32"):
+        stand_in(dataclasses.replace(data, image_size=64))
+    photographs = dataclasses.replace(data, dataset="imagenet2012", image_size=256)
+    assert stand_in(photographs).spec.image_shape == (256, 256, 3)

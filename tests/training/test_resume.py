@@ -160,6 +160,21 @@ def test_a_full_disk_leaves_the_earlier_snapshots_and_the_run_goes_on(saved, cap
     assert latest(saved).step == 8
 
 
+def test_a_save_that_failed_on_its_way_does_not_keep_the_next_from_the_disk(saved, monkeypatch):
+    snapshots = opened(saved)
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    # It fails where it is waited for, and what opens the next manager closes this one.
+    failing = snapshots._manager
+    monkeypatch.setattr(failing, "wait_until_finished", full)
+    monkeypatch.setattr(failing, "close", lambda: None)
+    save(snapshots, 5)
+    assert snapshots.last_on_disk() == 5
+    snapshots.close()
+
+
 def change_card(folder, step, change, *, sealed):
     path = folder / "snapshots" / str(step) / "card/metadata"
     card = json.loads(path.read_text())
