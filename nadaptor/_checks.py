@@ -166,7 +166,7 @@ def check_scales(scales: Any, layers: Sequence[Any]) -> dict[str, jax.Array]:
         layers: with `name`, `source` and `turns`, the lengths of the scans around the layer.
     """
     if not isinstance(scales, Mapping):
-        scale = check_positive(jnp.asarray(scales, jnp.float32), "the scale of all layers")
+        scale = jnp.asarray(check_positive(scales, "the scale of all layers"), jnp.float32)
         return {layer.name: jnp.broadcast_to(scale, layer.turns) for layer in layers}
     missing = [layer for layer in layers if layer.name not in scales]
     extra = sorted(set(scales) - {layer.name for layer in layers})
@@ -181,7 +181,7 @@ def check_scales(scales: Any, layers: Sequence[Any]) -> dict[str, jax.Array]:
 
 
 def _check_layer_scale(layer: Any, scale: Any) -> jax.Array:
-    scale = check_positive(jnp.asarray(scale), f"the scale of {layer.name} ({layer.source})")
+    scale = jnp.asarray(check_positive(scale, f"the scale of {layer.name} ({layer.source})"))
     if scale.shape[: len(layer.turns)] != layer.turns:
         raise ValueError(
             f"the scale of {layer.name} ({layer.source}) has the shape {scale.shape}, but the "

@@ -110,6 +110,12 @@ def test_a_scale_of_a_layer_that_is_not_positive_is_refused_by_the_layer():
         _checks.check_scales({"a": -1.0}, [Layer("a")])
 
 
+@pytest.mark.parametrize("scales", [-0.5, {"a": -1.0}, {"a": np.float32(0)}])
+def test_a_scale_that_jit_closes_over_has_a_value_to_refuse(scales):
+    with pytest.raises(ValueError, match="must be finite and positive"):
+        jax.eval_shape(lambda: _checks.check_scales(scales, [Layer("a")]))
+
+
 @pytest.mark.parametrize("path", ["runs", "/tmp/runs", "a:b", "C:/runs", "./gs:", "x/gs://y"])
 def test_folders_of_this_machine_are_local(path):
     _checks.check_local(path, "--out")
