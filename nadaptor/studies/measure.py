@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from nadaptor._files import hold
+from nadaptor.checkpoints.checkpoint import load_card
 from nadaptor.configs.config import Config
 from nadaptor.configs.inference import PLAIN, Inference
 from nadaptor.conversion.convert import convert, load_snn
@@ -44,16 +46,39 @@ def measure(
         is fitted.
 
     Raises:
-        ValueError: as `train`, `convert` and `simulate_checkpoint`.
+        ValueError: as `train`, `convert_once` and `simulate_checkpoint`.
         RunError: training or the conversion failed.
     """
     checkpoint = train(config, workdir, options)
-    snn = checkpoint.parent / "snn"
-    if not snn.exists():
-        convert(checkpoint, snn, data_dir=options.data_dir)
+    snn = convert_once(checkpoint, options.data_dir)
     report = simulate_checkpoint(
         snn, num_steps, split, inference, data_dir=options.data_dir, num_images=num_images
     )
     model, variables, trained = load_snn(snn)
     images = open_split(trained.data, "train", options.data_dir, TRAINING_IMAGES)
     return {**report, "training_accuracy": ann_accuracy(model, variables, images)}
+
+
+def convert_once(checkpoint: Path, data_dir: Path | None = None) -> Path:
+    """Converts a trained network where that is still to be done.
+
+    Args:
+        checkpoint: folder of the trained network.
+        data_dir: folder of data sets; None for the environment's NADAPTOR_DATA_DIR.
+
+    Returns:
+        The folder of the spiking network, `snn` beside the checkpoint.
+
+    Raises:
+        ValueError: as `convert`, or what is there was converted from another checkpoint.
+        RunError: a check of the conversion fails, or another program is at the same run.
+    """
+    snn = checkpoint.parent / "snn"
+    # Asked under the lock of the run: another process may have just converted it.
+    with hold(checkpoint.parent):
+        if not snn.exists():
+            convert(checkpoint, snn, data_dir=data_dir)
+    # A network that was trained anew has figures of its own.
+    if load_card(snn, "snn").get("source") != load_card(checkpoint, "ann")["card_digest"]:
+        raise ValueError(f"{snn} was not converted from {checkpoint}; remove {snn}")
+    return snn
