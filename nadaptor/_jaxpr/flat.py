@@ -27,7 +27,7 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Operations that pass their operand on: but for precision or place, their result is what it is.
+# Operations that pass their operands on: but for precision or place, each result is what one is.
 IDENTITY = words(
     "link copy copy_p sharding_constraint device_put optimization_barrier reduce_precision pvary "
     "pcast name"
@@ -157,17 +157,20 @@ class Flat:
         for number, eqn in enumerate(jaxpr.eqns):
             here, operands = (*path, number), tuple(map(read, eqn.invars))
             outer, body = locate(eqn, location), inner_body(eqn)
-            if body is None:
+            name = eqn.primitive.name
+            if name in IDENTITY:
+                # One for each result: `device_put` and a barrier pass several values on.
+                outputs = [self._link("link", v, turns) for v in operands]
+            elif body is None:
                 outputs = self._new(eqn.outvars)
-                name = eqn.primitive.name
                 self.ops.append(FlatOp(name, eqn, operands, outputs, here, outer, calls, turns))
             else:
                 inside = enter(body, outer), calls | library_name(body)
-                if eqn.primitive.name == "scan":
+                if name == "scan":
                     outputs = self._scan(eqn, body, operands, here, *inside, turns)
                 else:
                     outputs = self._inline(body, operands, here, *inside, turns)
-                if eqn.primitive.name.startswith("custom_"):
+                if name.startswith("custom_"):
                     self.calls[here] = Call(operands, tuple(outputs))
             atoms.update(zip(eqn.outvars, outputs, strict=True))
         return [read(var) for var in jaxpr.outvars]

@@ -50,6 +50,9 @@ RELUS = {
     "scan": lambda x: jax.lax.scan(lambda c, x: (c, jax.nn.relu(x)), 0, x)[1],
     "custom_vjp": own_derivative,
 }
+ZEROS = jnp.zeros((6, 16))
+# Operations of several results, each of which is the operand at its own place.
+TOGETHER = {"device_put": jax.device_put, "barrier": jax.lax.optimization_barrier}
 BOUNDED = {
     "relu6": jax.nn.relu6,
     "clip": lambda x: jnp.clip(x, 0, 6),
@@ -66,6 +69,33 @@ def test_each_spelling_of_a_relu_becomes_lsq(relu):
     assert (layer.kind, layer.bound) == ("relu", None) and not q.left(X)
     want = nadaptor.lsq(X @ W, 0.7, 2)
     np.testing.assert_array_equal(q(0.7, X), want)
+
+
+@pytest.mark.parametrize("pass_on", TOGETHER.values(), ids=TOGETHER.keys())
+def test_each_result_of_what_passes_several_values_on_is_its_own_operand(pass_on):
+    def relu(x):
+        zeros, h = pass_on((ZEROS, x @ W))
+        return jnp.maximum(h, zeros)
+
+    def second_zero(x):
+        h, zeros = pass_on((x @ W, ZEROS))
+        return jnp.maximum(h, zeros)
+
+    for f in (relu, second_zero):
+        np.testing.assert_array_equal(nadaptor.quantize(f)(0.7, X), nadaptor.lsq(X @ W, 0.7, 2))
+
+    def of_two(x):
+        _, h = pass_on((ZEROS, jax.nn.relu(x @ W) @ V))
+        return jnp.maximum(h, h[::-1])
+
+    assert [layer.name for layer in replaced(of_two, X)] == ["layer0"]
+
+    def derivative(x):
+        _, h = pass_on((ZEROS, v := x @ W))
+        return jax.nn.relu(v) * (h > 0)
+
+    with pytest.raises(ValueError, match="stands its derivative"):
+        replaced(derivative, X)
 
 
 @pytest.mark.parametrize("relu", BOUNDED.values(), ids=BOUNDED.keys())
