@@ -263,7 +263,7 @@ def _card(origin: Origin, variables: Any, checks: list[Check]) -> dict[str, Any]
     }
     return {
         "model": config.network.model,
-        "levels": config.quantizer.levels,
+        "levels": config.quantizer.used_levels,
         "thresholds": {name: (s * config.quantizer.levels).tolist() for name, s in scales.items()},
         "config": to_json(config),
         "source": origin.parent,

@@ -51,9 +51,13 @@ def export_checkpoint(
     model, variables, config, _, card = open_snn(checkpoint)
     identity = card.get("data") or {}
     if form == "safetensors":
-        levels = config.quantizer.levels
-        told = {"model": config.network.model, "levels": levels, "source": card["card_digest"]}
-        save_weights(out, named_weights(variables, levels), told)
+        quantizer = config.quantizer
+        told = {
+            "model": config.network.model,
+            "levels": quantizer.used_levels,
+            "source": card["card_digest"],
+        }
+        save_weights(out, named_weights(variables, quantizer.levels), told)
     else:
         spec = stored_spec(config.data, data_dir)
 

@@ -29,7 +29,6 @@ from nadaptor.evaluation.insight_rows import (
     layer_rows,
 )
 from nadaptor.evaluation.report import measure
-from nadaptor.models.config import ACTIVATIONS
 from nadaptor.operations import EnergyTable
 from nadaptor.reports import pictures
 from nadaptor.reports.html import Table, html_page, write_page
@@ -81,12 +80,11 @@ def write_insight(
     layers = jax.device_get(run(variables, images))
     table = EnergyTable() if table is None else table
     spent = energy(model.apply, variables, images, num_steps=steps, table=table, **options)
-    fixed = ACTIVATIONS[config.quantizer.activation].fixed_levels
-    levels = config.quantizer.levels if fixed is None else fixed
-    units, thresholds = _thresholds(model, variables, images, inference, levels)
+    quantizer = config.quantizer
+    units, thresholds = _thresholds(model, variables, images, inference, quantizer.levels)
     # A clipped ReLU has one step, whose height is the threshold: no levels in the paper's sense.
-    told = None if clipped else levels
-    found = Insight(len(images), layers, spent, table, units, thresholds, told)
+    levels = quantizer.used_levels
+    found = Insight(len(images), layers, spent, table, units, thresholds, levels)
     write_json(out / "conversion.json", _as_json(found))
     write_csv(out / "energy.csv", energy_rows(found))
     figures = _pictures(measured, found)

@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     # Attributes of the layer by the config's fields that set them.
     attributes: Mapping[str, str] = MappingProxyType({})
     noisy: bool = False  # whether it draws noise where `apply` has a key for it
-    fixed_levels: int | None = None  # p, where it is not a choice
+    fixed_levels: int | None = None  # p in a study, where that is none of its axes
 
 
 _LEVELS = {"levels": "levels"}
@@ -88,6 +88,11 @@ class QuantizerConfig:
     scale_gradient: bool
     # Levels of which each step of "any_level" draws one.
     drawn_levels: tuple[int, ...]
+
+    @property
+    def used_levels(self) -> int | None:
+        """The levels of its layers, p; None where they have none, as ReLUs and clipped ReLUs."""
+        return self.levels if "levels" in ACTIVATIONS[self.activation].attributes else None
 
 
 def check_network(network: NetworkConfig, quantizer: QuantizerConfig) -> None:

@@ -4,6 +4,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from nadaptor.configs.inference import RATES
+from nadaptor.configs.named import get_config
+from nadaptor.conversion import export
+from nadaptor.conversion.convert import Converted
 from nadaptor.conversion.weights import load_weights, named_weights, save_weights
 
 VARIABLES = {
@@ -38,6 +42,16 @@ def test_weights_come_back_to_the_bit_and_any_reader_finds_them(tmp_path):
         for name, array in arrays.items():
             np.testing.assert_array_equal(other[name], array)
             assert other[name].dtype == array.dtype
+
+
+@pytest.mark.parametrize(("name", "levels"), [("digits_lsq", 2), ("digits_clipped_relu", None)])
+def test_the_card_has_the_levels_of_the_network_and_none_of_clipped_relus(
+    tmp_path, monkeypatch, name, levels
+):
+    snn = Converted(None, VARIABLES, get_config(name), RATES, {"card_digest": "0"})
+    monkeypatch.setattr(export, "open_snn", lambda _: snn)
+    export.export_checkpoint(tmp_path / "snn", tmp_path / "w", "safetensors")
+    assert load_weights(tmp_path / "w")[1]["levels"] == levels
 
 
 @pytest.mark.parametrize("place", [0, 9, 0.2, 0.5, 0.9, -1])

@@ -3,14 +3,22 @@
 import csv
 import json
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nadaptor.configs.config import replace
+from nadaptor.configs.inference import PLAIN, RATES
+from nadaptor.configs.named import get_config
 from nadaptor.conversion.calibrate import CalibrationOptions, convert_calibrated
-from nadaptor.conversion.convert import open_snn
-from nadaptor.evaluation.insight import report_conversion
+from nadaptor.conversion.convert import Converted, open_snn
+from nadaptor.evaluation import insight
+from nadaptor.evaluation.insight import report_conversion, write_insight
 from nadaptor.evaluation.insight_rows import accuracy_rows
 from nadaptor.evaluation.report import measure, measure_ann
+from nadaptor.models.threshold_activations import Ttrbr
 
 T = 3
 
@@ -36,6 +44,38 @@ def test_thresholds_of_a_calibrated_network_are_those_that_were_measured(reporte
             place = place[part]
         assert layer["threshold"] == pytest.approx(float(place["threshold"]), rel=1e-6)
         assert layer["levels"] is None
+
+
+class OneLayer(nn.Module):
+    levels: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(10)(Ttrbr(levels=self.levels, name="act1")(x).reshape(x.shape[0], -1))
+
+
+def test_the_levels_of_a_report_are_those_of_the_network_also_where_studies_fix_them(
+    tmp_path, monkeypatch
+):
+    for pictures in ("_pictures", "_trains"):  # which take longer than all the rest
+        monkeypatch.setattr(insight, pictures, lambda *_: {})
+    model = OneLayer(levels=2)
+    variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+    config = replace(get_config("digits_ttrbr"), levels=2)
+    measured = {
+        "config": {"name": "made_up"},
+        "split": "validation",
+        "num_images": 4,
+        "num_steps": T,
+        "coding": "rate",
+        "accuracy": [0.5] * T,
+        "ann_deterministic": 0.5,
+        "early_exit": [],
+    }
+    snn = Converted(model, variables, config, RATES, {})
+    write_insight(snn, measured, PLAIN, tmp_path, num_images=4)
+    layers = json.loads((tmp_path / "conversion.json").read_text())["layers"]
+    assert [layer["levels"] for layer in layers.values()] == [2]
 
 
 def test_energy_of_the_layers_adds_up_at_every_step(reported):
