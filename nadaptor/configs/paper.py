@@ -20,7 +20,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from nadaptor.configs.config import Config, make_config, replace
-from nadaptor.configs.tables import CIFAR10, IMAGENET, Row
+from nadaptor.configs.inference import CorrectionName
+from nadaptor.configs.tables import CIFAR10, CORRECTED, IMAGENET, Row
 
 Maker = Callable[[], Config]
 
@@ -242,3 +243,24 @@ PAPER: Mapping[str, Maker] = MappingProxyType(
         )
     }
 )
+
+
+def published(config: Config, correction: CorrectionName) -> Row | None:
+    """Returns what the paper states of a network and a correction, or None.
+
+    A network is that of a row where its config is the row's but for the name, the seed and the type
+    of the computation: of fewer images or a narrower network the paper states nothing.
+
+    Example:
+        >>> published(PAPER["cifar10_resnet18_na_p2"](), "none").snn[1]
+        93.71
+    """
+    free = {"name": config.name, "seed": config.seed, "dtype": config.step.dtype}
+    rows = (*CIFAR10, *IMAGENET)
+    row = next((r for r in rows if replace(PAPER[r.name](), **free) == config), None)
+    if row is None or correction == "none":
+        return row
+    # Which reading of offset spikes the paper's is, it does not say.
+    name = "offset-spikes" if correction == "offset-spikes-published" else correction
+    figures = CORRECTED.get(row.name, {}).get(name)
+    return None if figures is None else row._replace(snn=figures)

@@ -113,23 +113,3 @@ CORRECTED: Mapping[str, Mapping[CorrectionName, Mapping[int, float]]] = {
         "offset-spikes": {1: 63.42, 2: 64.84, 4: 66.34, 8: 68.43, 16: 70.60, 256: 73.37},
     },
 }
-
-
-def published(
-    model: str, activation: str, levels: int, epochs: int, correction: CorrectionName
-) -> Row | None:
-    """Returns what the paper states of a network and a correction, or None.
-
-    Example:
-        >>> published("cifar_resnet18", "noise_adaptor", 2, 160, "none").snn[1]
-        93.71
-    """
-    wanted = (model, activation, levels, epochs)
-    # Its fields from `model` to `epochs`.
-    row = next((r for r in (*CIFAR10, *IMAGENET) if r[2:6] == wanted), None)
-    if row is None or correction == "none":
-        return row
-    # Which reading of offset spikes the paper's is, it does not say.
-    name = "offset-spikes" if correction == "offset-spikes-published" else correction
-    figures = CORRECTED.get(row.name, {}).get(name)
-    return None if figures is None else row._replace(snn=figures)

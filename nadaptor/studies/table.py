@@ -8,7 +8,7 @@ import numpy as np
 
 from nadaptor._files import write_bytes, write_csv
 from nadaptor.configs.inference import CorrectionName, get_inference
-from nadaptor.configs.tables import published
+from nadaptor.configs.paper import published
 from nadaptor.reports.plots import Curve, plot_panels
 from nadaptor.reports.tables import markdown
 from nadaptor.studies.differences import write_differences
@@ -109,10 +109,7 @@ def _summary(
         "ANN": _mean([m["ann"] for m in of_line]),
         **{f"T = {t}": _mean([m["accuracy"][t - 1] for m in of_line]) for t in steps},
     }
-    config = config_of(Cell(network, correction, 0), study)
-    paper = published(
-        config.network.model, network.method, config.quantizer.levels, config.epochs, correction
-    )
+    paper = published(config_of(Cell(network, correction, 0), study), correction)
     if paper is None:
         return [measured]
     stated = {f"T = {t}": f"{accuracy:.2f}" for t, accuracy in paper.snn.items()}

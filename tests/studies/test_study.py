@@ -17,7 +17,6 @@ from nadaptor.cli import study as command
 from nadaptor.configs.config import check_config, replace
 from nadaptor.configs.inference import CORRECTIONS, get_inference
 from nadaptor.configs.named import parent_of
-from nadaptor.configs.tables import published
 from nadaptor.data.registry import open_source, open_split
 from nadaptor.errors import OutOfTimeError, PassingError, RunError
 from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
@@ -325,16 +324,6 @@ def test_the_papers_figures_stand_below_a_network_of_its_tables(tmp_path):
     assert below["lsq_p2"][4:] == ["", "95.50", "91.62", "93.65", "95.18"]
     assert below["noise_adaptor_p2"][4:] == ["", "94.97", "93.71", "95.26", "95.95"]
     assert sum(row[0] == "the paper" for row in cells) == 2  # it has no figures with SRP
-
-
-def test_the_tables_of_corrections_are_of_two_networks():
-    found = published("cifar_resnet18", "noise_adaptor", 2, 160, "offset-spikes")
-    assert found is not None and found.snn[1] == 95.82
-    found = published("resnet50", "noise_adaptor", 3, 160, "negative-spikes")
-    assert found is not None and found.ann == 73.72 and found.snn[2] == 53.42
-    assert published("cifar_resnet18", "lsq", 2, 160, "offset-spikes") is None
-    assert published("resnet50", "noise_adaptor", 7, 160, "offset-spikes") is None
-    assert published("cifar_resnet18", "noise_adaptor", 2, 10, "none") is None
 
 
 @pytest.mark.parametrize("field", ["seeds", "num_steps"])
