@@ -18,6 +18,7 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises:
         ValueError: as `run_demo`.
+        RunError: as `run_demo`.
     """
     read_words(demo_command, prog=program("demo"), args=list(arguments))
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from nadaptor._files import check_place, write_csv, write_json
 from nadaptor.checkpoints.checkpoint import versions
+from nadaptor.errors import RunError
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown
 from nadaptor.studies.study import Method, Study, run_study
@@ -37,6 +38,7 @@ def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT)
 
     Raises:
         ValueError: there are fewer than 2 seeds.
+        RunError: a network failed.
     """
     if study.seeds < 2:
         raise ValueError(f"seeds must be at least 2, for a standard deviation, not {study.seeds!r}")
@@ -44,6 +46,11 @@ def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT)
     started = time.perf_counter()
     reports: dict[str, list[Mapping[str, Any]]] = {row: [] for row in ROWS.values()}
     for cell, measured in run_study(study, workdir, options).items():
+        if "failed" in measured:
+            raise RunError(
+                f"{cell.network.name}, seed {cell.seed}: {measured['failed']}; the table is of all "
+                "networks, so choose another --workdir to try again"
+            )
         reports[ROWS[cell.network.method]].append(measured)
     table = [
         {"noise adaptor": row, **summarise(of_row, study.reported_steps)}
