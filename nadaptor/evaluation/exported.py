@@ -36,12 +36,13 @@ def simulate_exported(
         `accuracy`, a fraction at t = 1 to T; `name`, `split`, `num_images` and `num_steps`.
 
     Raises:
-        ValueError: the artefact or its sidecar is missing or damaged, the images are of another
-            shape or another data set, or no data set is named.
+        ValueError: the artefact or its sidecar is missing or damaged, it takes more than images,
+            the images are of another shape or another data set, or the data set is named by neither
+            the sidecar nor `dataset`, or by both.
     """
     exported = load_exported(path)
+    wanted = _image_input(path, exported)
     source = _open(path, exported, split, dataset, data_dir, num_images)
-    (wanted,) = exported.sidecar["inputs"]
     # The first axis is that of the batch.
     if list(source.spec.image_shape) != wanted["shape"][1:]:
         raise ValueError(
@@ -75,6 +76,18 @@ def write_exported(report: dict[str, Any], out: Path) -> None:
     write_accuracy(report, report["name"], out)
 
 
+def _image_input(path: Path, exported: Exported) -> dict[str, Any]:
+    """What the sidecar says of the one array that goes in."""
+    inputs = exported.sidecar["inputs"]
+    if len(inputs) != 1:
+        shapes = [x["shape"] for x in inputs]
+        raise ValueError(
+            f"{path} takes arrays of the shapes {shapes}, and accuracy is measured with one of "
+            "images; export a function of images alone"
+        )
+    return inputs[0]
+
+
 def _open(
     path: Path,
     exported: Exported,
@@ -85,8 +98,13 @@ def _open(
 ) -> Source:
     """The images that the sidecar names, or the test images of a data set of that name."""
     config = exported.sidecar.get("config")
-    if config is not None and dataset is None:
+    if config is not None:
         data = from_json(config).data
+        if dataset is not None:
+            raise ValueError(
+                f"the sidecar of {path} names its data set, {data.dataset!r}; leave out --dataset "
+                f"{dataset}"
+            )
         return open_split(data, split, data_dir, num_images, exported.sidecar.get("data"))
     if dataset is None:
         raise ValueError(f"the sidecar of {path} names no data set; name one with --dataset")
