@@ -156,6 +156,32 @@ def hidden(w, x):
     return inside(nadaptor.lsq(x @ w, 0.5, levels=2), x[..., :5])
 
 
+def in_a_branch(key, x):
+    return jax.lax.cond(
+        x.sum() > 99, jnp.negative, lambda x: x * jax.random.bernoulli(key, 0.5, x.shape), x
+    )
+
+
+def in_a_loop(key, x):
+    keys = jax.random.split(key, len(x))
+    return jax.lax.map(lambda pair: pair[1] + jax.random.bits(pair[0], (6,)) / 2.0**32, (keys, x))
+
+
+@pytest.mark.reuses_keys
+@pytest.mark.parametrize("draw", [in_a_branch, in_a_loop])
+def test_a_draw_in_a_branch_or_a_loop_needs_a_key_for_each_step(draw):
+    def f(key, w, x):
+        return nadaptor.lsq(draw(key, x) @ w, 0.5, levels=2)
+
+    args, options = (WEIGHTS[0], FRAMES), dict(num_steps=STEPS)
+    with pytest.raises(ValueError, match=r"draws random numbers .* frozen for all time steps"):
+        nadaptor.simulate(f, jax.random.key(0), *args, over_time=2, **options)
+    keys = jax.random.split(jax.random.key(1), STEPS)
+    (layer,) = nadaptor.record(f, keys, *args, over_time=(0, 2), **options).values()
+    drawn = jnp.stack([draw(*pair) for pair in zip(keys, FRAMES, strict=True)])
+    np.testing.assert_allclose(layer.currents, drawn @ WEIGHTS[0] / 0.5, rtol=1e-5, atol=1e-5)
+
+
 REFUSED = {
     "a product of spikes and frames": (gated, {}, "product of two spiking values"),
     "such a product in a call": (hidden, {}, "varies over time together"),

@@ -6,8 +6,10 @@ those of the network it came from; after any other operation they would not be.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr
 
 from nadaptor._jaxpr.trace import Op, contains, is_mark, reached, sub_jaxprs
 
@@ -207,17 +209,41 @@ def check_apart(op: Op) -> None:
         )
 
 
-def check_not_random(op: Op) -> None:
-    """Raises a ValueError if the operation draws random bits: one draw would serve all steps."""
-    if op.primitive.name in _RANDOM or any(
-        contains(sub, lambda eqn: eqn.primitive.name in _RANDOM) for sub in sub_jaxprs(op.params)
-    ):
+def check_not_random(op: Op, varies: Sequence[bool] = ()) -> None:
+    """Raises a ValueError if the operation draws random bits: one draw would serve all steps.
+
+    Args:
+        op: the operation.
+        varies: for each operand, whether it is another at every step, as frames of keys are; a draw
+            from such a key is another, too. Without, none is.
+    """
+    if _draws_once(op.primitive.name, op.params, varies):
         raise _refusal(
             op,
             "one draw would be frozen for all time steps; switch dropout off (deterministic=True), "
             "or draw the numbers first and pass them as an argument",
             "draws random numbers outside a quantizer",
         )
+
+
+def _draws_once(name: str, params: dict[str, Any], varies: Sequence[bool]) -> bool:
+    # The key is the first operand.
+    if name in _RANDOM and not any(varies[:1]):
+        return True
+    return any(_body_draws_once(sub, varies) for sub in sub_jaxprs(params))
+
+
+def _body_draws_once(jaxpr: Jaxpr, varies: Sequence[bool]) -> bool:
+    # What a body does not take, as the predicate of a branch, stands before what it takes.
+    pairs = zip(reversed(jaxpr.invars), reversed(varies), strict=False)
+    varying = {var for var, other in pairs if other}
+    for eqn in jaxpr.eqns:
+        found = reached(varying, eqn.invars)
+        if _draws_once(eqn.primitive.name, eqn.params, found):
+            return True
+        if any(found):
+            varying.update(eqn.outvars)
+    return False
 
 
 def _check_floating(op: Op) -> None:

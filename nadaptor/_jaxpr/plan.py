@@ -132,6 +132,7 @@ def _kind(op: Op, kinds: dict[int, str], coding: str, nonaffine: str, last: bool
     # Frames alone: as no spike passes, the operation need not be affine.
     if found == {VARYING}:
         check_no_inner_mark(op)
+        check_not_random(op, spikes)
         return VARYING
     if VARYING in found:
         check_apart(op)
