@@ -34,7 +34,9 @@ class Neuron(Protocol):
 
     A neuron for sum coding has `coding = "sum"` in its class, and knows totals only: x is what has
     arrived in all steps so far, and the output what has been sent in all of them, of which a spike
-    is 1, the scale.
+    is 1, the scale. One that sends whenever something is missing says so by `never_pauses = True`:
+    a step in which no neuron sends a spike is then the last that is run. Without it, as where a
+    neuron rests after a spike, all steps are.
     """
 
     def init(self, shape: tuple[int, ...], threshold: Threshold, start: float | jax.Array) -> State:
@@ -173,6 +175,7 @@ class StBif:
 
     surrogate: Callable[[jax.Array], jax.Array] | None = None
     coding: ClassVar[Coding] = "sum"
+    never_pauses: ClassVar[bool] = True
 
     def init(self, shape: tuple[int, ...], threshold: Threshold, start: float | jax.Array) -> Count:
         """Returns the state before the first step: no spikes."""

@@ -258,6 +258,25 @@ def test_own_neuron_serves():
     assert sim.settled == 1
 
 
+class EverySecond(Eager):
+    """One that sends at every second step, and pauses between."""
+
+    def init(self, shape, threshold, start):
+        return jnp.zeros(shape, int), jnp.zeros(shape)
+
+    def step(self, state, x, threshold):
+        (time, sent), wanted = state, jnp.floor(jnp.clip(x, 0, threshold) + 0.5)
+        sent = jnp.where(time % 2 == 0, sent + jnp.sign(wanted - sent), sent)
+        return (time + 1, sent), sent
+
+
+def test_a_neuron_that_pauses_ends_where_it_would():
+    sim = simulate(
+        lambda v: nadaptor.lsq(v, 0.25, 3), jnp.ones(1), neuron=EverySecond(), num_steps=8
+    )
+    np.testing.assert_array_equal(sim.outputs[:, 0], [0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 0.75, 0.75])
+
+
 class Pooled(nnx.Module):
     def __init__(self):
         self.conv = nnx.Conv(2, 4, (3, 3), rngs=nnx.Rngs(0))

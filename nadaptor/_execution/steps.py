@@ -2,7 +2,7 @@
 
 The operations between neurons run on the spikes of K steps together, and the neurons go through
 them one by one. With rates the outputs of the steps are averaged; with sums they are what they are,
-and steps in which no neuron would fire are not run.
+and of a neuron that never pauses steps in which none would fire are not run.
 """
 
 import functools
@@ -78,8 +78,8 @@ def run_chunk(net: Network, prepared: Any, carry: Carry, size: int) -> tuple[Car
         return carry._replace(time=carry.time + size), same
 
     run = functools.partial(_run_sums, net, prepared, size=size)
-    # Devices that wait for each other have to run the same steps.
-    if net.communicates:
+    # Devices that wait for each other have to run the same steps, and a neuron may only pause.
+    if net.communicates or not getattr(net.neuron, "never_pauses", False):
         return run(carry)
     # One step without a spike is the last: every neuron would find what it found before.
     silent = (carry.time > 0) & (last_spike(carry) < carry.time)
