@@ -135,7 +135,7 @@ def variables(atoms: Sequence[Atom]) -> list[int]:
     return [atom for atom in atoms if not isinstance(atom, Literal)]
 
 
-def reached(spiking: Set[int], atoms: Sequence[Atom]) -> list[bool]:
+def reached(spiking: Set[Any], atoms: Sequence[Any]) -> list[bool]:
     """Says of each atom whether it is one of the spiking variables."""
     return [not isinstance(atom, Literal) and atom in spiking for atom in atoms]
 
