@@ -117,14 +117,10 @@ class Walker:
             raise _refusal(op, "it repeats a value")
         return x._replace(axes=tuple(axes))
 
-    def _squeeze(self, op: Op, live: Any, x: Signal) -> Signal:
-        return self._reshaped(op, x, op.avals[0].shape)
-
-    def _expand_dims(self, op: Op, live: Any, x: Signal) -> Signal:
-        return self._reshaped(op, x, op.avals[0].shape)
-
     def _reshape(self, op: Op, live: Any, x: Signal, *sizes: Any) -> Signal:
         return self._reshaped(op, x, op.avals[0].shape)
+
+    _squeeze = _expand_dims = _reshape
 
     def _reshaped(self, op: Op, x: Signal, shape: tuple[int, ...]) -> Signal:
         """Axes of length 1 come and go; all but the batch may become one."""
@@ -146,8 +142,7 @@ class Walker:
             return x._replace(axes=(BATCH, CHANNEL))
         if any(axis.startswith("x") for axis in x.axes):
             # No convolution before: channels and pixels are what the input's order makes them.
-            names = (BATCH, CHANNEL, *_SPATIAL)
-            raise Layout(dict(zip(x.axes, names, strict=False)))
+            raise _layout(op, x, next(axis for axis in x.axes if axis.startswith("x")))
         terms = []
         for term in self.writer.plain(x):
             node = nir.Flatten({"input": np.array(x.shape)}, start_dim=0, end_dim=-1)
@@ -203,9 +198,7 @@ class Walker:
         if all(live) or any(batch) or len(here) != 1 or weight.ndim != 2:
             raise _refusal(op, "it is no matrix on one axis")
         if signal.axes[here[0]].startswith("x"):
-            names = iter((*_SPATIAL, CHANNEL)[-len(signal.axes) + 1 :])
-            others = [a for a in signal.axes if a not in (BATCH, signal.axes[here[0]])]
-            raise Layout({**dict(zip(others, names, strict=False)), signal.axes[here[0]]: CHANNEL})
+            raise _layout(op, signal, signal.axes[here[0]])
         if signal.axes[here[0]] != CHANNEL:
             raise _refusal(op, "it mixes pixels")
         weight = weight.T if there[0] == 0 else weight  # [out, in], in the order of JAX
@@ -284,6 +277,14 @@ class Walker:
         return tuple(terms)
 
 
+def _layout(op: Op, x: Signal, channel: str) -> Layout:
+    """The axis of the channels as it is said, and all others as those of pixels in their order."""
+    others = [axis for axis in x.axes if axis not in (BATCH, UNIT, channel)]
+    if len(others) > len(_SPATIAL):
+        raise _refusal(op, f"NIR has two axes of pixels, not {len(others)}")
+    return Layout({channel: CHANNEL, **dict(zip(others, _SPATIAL, strict=False))})
+
+
 def _scaled(x: Signal, factor: np.ndarray | np.float32) -> Signal:
     terms = tuple(t._replace(scale=np.asarray(t.scale * factor, np.float32)) for t in x.terms)
     return x._replace(terms=terms, offset=np.asarray(x.offset * factor, np.float32))
@@ -308,9 +309,7 @@ def _of_channels(op: Op, x: Signal, constant: Any) -> np.ndarray:
         return np.asarray(array.ravel()[0])
     if CHANNEL not in x.axes or array.ndim != len(x.axes):
         if any(axis.startswith("x") for axis in x.axes):
-            last = x.axes[-1]
-            names = iter(_SPATIAL)
-            raise Layout({a: CHANNEL if a == last else next(names) for a in x.axes if a != BATCH})
+            raise _layout(op, x, x.axes[-1])
         raise _refusal(op, "a constant differs within a channel")
     each = np.moveaxis(array, x.axes.index(CHANNEL), 0).reshape(x.shape[0], -1)
     if np.ptp(each, axis=1).any():
