@@ -120,9 +120,7 @@ def _checked(
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(
-            f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, not {coordinator}"
-        )
+        raise ValueError(f"--coordinator must be HOST:PORT, as 10.0.0.1:1234, not {coordinator}")
     if not 0 <= process_id < check_count(num_processes, "num_processes"):
         raise ValueError(f"--process-id must be from 0 to {num_processes - 1}, not {process_id}")
     return coordinator, num_processes, process_id
@@ -146,10 +144,9 @@ def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -
     with contextlib.ExitStack() as stack:
         both = socket.has_dualstack_ipv6()
         anywhere = ("::" if both else "", int(port))
-        family = socket.AF_INET6 if both else socket.AF_INET
+        kind: Any = {"family": socket.AF_INET6 if both else socket.AF_INET, "dualstack_ipv6": both}
         try:
-            door = socket.create_server(anywhere, family=family, dualstack_ipv6=both)
-            stack.enter_context(door)
+            door = stack.enter_context(socket.create_server(anywhere, **kind))
         except OSError as error:
             raise PassingError(
                 f"cannot listen at {coordinator}: {error.strerror or error}"
@@ -160,16 +157,22 @@ def _meet(coordinator: str, num_processes: int, process_id: int, timeout: int) -
             try:
                 other = stack.enter_context(door.accept()[0])
                 other.settimeout(1)
-                come[int.from_bytes(other.recv(4), "big")] = other
-            except TimeoutError:
+                process = int.from_bytes(other.recv(4), "big")
+                # What only looks for open ports says nothing, which is 0, or anything.
+                if 0 < process < num_processes:
+                    come[process] = other
+            except OSError:
                 if time.monotonic() < until:
                     continue
                 missing = sorted(set(range(1, num_processes)) - come.keys())
                 raise PassingError(
                     f"of {num_processes} processes, {missing} did not come to {coordinator} {late}"
                 ) from None
-        for other in come.values():
-            other.sendall(b"!")
+        for process, other in come.items():
+            try:
+                other.sendall(b"!")
+            except OSError as error:
+                raise PassingError(f"process {process} came to {coordinator} and left") from error
 
 
 def agree(fields: Mapping[str, Any]) -> None:
@@ -229,7 +232,8 @@ def choose_devices(num_local: NumDevices, divided: int = 1, before: int | None =
         if one_cpu and before and before <= len(local) and divided % before == 0:
             num_local = before
         elif one_cpu:
-            num_local = _largest_divisor(divided, len(local)) if most else 1
+            sizes = range(1, len(local) + 1 if most else 2)
+            num_local = max(n for n in sizes if divided % n == 0)
     if processes > 1 and num_local != len(local):
         raise ValueError(f"num_devices must be {len(local)}, all of each process, not {num_local}")
     if check_count(num_local, "num_devices") > len(local):
@@ -238,10 +242,6 @@ def choose_devices(num_local: NumDevices, divided: int = 1, before: int | None =
             f"XLA_FLAGS=--xla_force_host_platform_device_count={num_local} makes virtual ones"
         )
     return Devices(tuple(local[:num_local]), jax.process_index(), processes)
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(n for n in range(1, limit + 1) if number % n == 0)
 
 
 def check_batch(batch_size: int, micro_batches: int, devices: Devices) -> None:

@@ -1,9 +1,12 @@
 """Processes of one run that were asked for different things, that never come, or that die."""
 
+import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -117,6 +120,31 @@ def test_a_process_that_never_comes_is_missed_within_the_time_that_is_stated(ran
     with pytest.raises(RunError, match=rf"{word}.* within 1 s"):
         start_processes(f"127.0.0.1:{free_port()}", 2, rank, timeout=1)
     assert time.monotonic() - started < 200  # by default it would be 300
+
+
+def test_a_visitor_that_is_no_process_is_not_counted():
+    port, said = free_port(), []
+
+    def visit():
+        while not said:
+            for word in (b"", b"GET /"):
+                with (
+                    contextlib.suppress(OSError),
+                    socket.create_connection(("127.0.0.1", port)) as to,
+                ):
+                    # Closed at once by a reset.
+                    to.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    to.sendall(word)
+            time.sleep(0.05)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    try:
+        with pytest.raises(RunError, match=r"\[1\] did not come"):
+            start_processes(f"127.0.0.1:{port}", 2, 0, timeout=1)
+    finally:
+        said.append("enough")
+        visitor.join()
 
 
 @pytest.mark.parametrize(
