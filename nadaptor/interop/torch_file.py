@@ -98,15 +98,18 @@ def _open_zip(data: bytes) -> tuple[Any, Storages]:
         _check_little_endian(bytes(order) == b"little")
     state = load_pickle(bytes(_content(data, records[pickled[0]]))).value
     read: dict[str, np.ndarray] = {}
+    total = 0
 
     def storages(storage: Storage) -> np.ndarray:
+        nonlocal total
         if storage.key not in read:
             record = records[f"{root}data/{storage.key}"]
             if record.size != storage.size * storage.dtype.itemsize:
                 of = f"{storage.size} {storage.kind} values"
                 raise RefusedError(f"its record {shown(record.name)} is not of {of}")
             read[storage.key] = np.frombuffer(_content(data, record), storage.dtype)
-            if sum(array.nbytes for array in read.values()) > len(data):
+            total += record.size
+            if total > len(data):
                 raise RefusedError("its records lie on each other")
         return read[storage.key]
 
