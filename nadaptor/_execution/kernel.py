@@ -85,11 +85,11 @@ def _processor() -> str:
 def _library(compiler: str, key: str) -> Path:
     """The compiled library, from the cache or made now."""
     folder = cache_folder() / f"events-{key}"
-    for path in folder.glob("*.so"):
-        if _digest(path.read_bytes()) == path.stem:
-            return path
-        path.unlink(missing_ok=True)
     try:
+        for path in folder.glob("*.so"):
+            if _digest(path.read_bytes()) == path.stem:
+                return path
+            path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         return _compile(compiler, folder)
     except PermissionError:

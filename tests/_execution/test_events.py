@@ -264,6 +264,19 @@ def test_a_library_is_kept_made_anew_where_damaged_and_made_by_two_at_once(tmp_p
     assert len(list(library.parent.iterdir())) == 1
 
 
+def test_a_damaged_library_that_cannot_be_removed_is_made_elsewhere(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(kernel, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(kernel, "_compile", lambda compiler, folder: folder)
+    (tmp_path / "events-key").mkdir()
+    (tmp_path / "events-key" / "damaged.so").touch()
+    monkeypatch.setattr(kernel.Path, "unlink", refuse)
+    monkeypatch.setattr(kernel.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "other"))
+    assert kernel._library("c++", "key") == tmp_path / "other"
+
+
 @pytest.mark.slow
 def test_no_compiler_and_one_that_fails_are_named(tmp_path):
     said = lines(start(tmp_path, CXX="no-such-compiler"))
