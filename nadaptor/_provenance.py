@@ -43,10 +43,10 @@ def revision() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What a git command prints; nothing where it fails or there is no git."""
+    """What a git command prints; nothing where it fails, hangs or there is no git."""
     command = ["git", "-C", str(folder), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

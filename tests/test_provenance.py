@@ -41,6 +41,14 @@ def test_the_revision_is_the_commit_and_says_when_the_code_is_another(checkout):
     assert re.fullmatch(r"[0-9a-f]{12}\+", revision())
 
 
+def test_git_that_hangs_is_none(monkeypatch):
+    def hang(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert revision() == ""
+
+
 def test_without_git_there_is_no_revision(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert revision() == ""

@@ -226,7 +226,7 @@ def _tile(images: tuple[int, ...], gradients: tuple[int, ...], conv: _Conv) -> i
     """How many images to take at a time; a divisor of their number where one is near."""
     number, height, width, channels = images
     columns = conv.kernel[conv.dims.rhs_spec[3]]
-    fit = TILE_VALUES // (height * width * channels * columns)
+    fit = TILE_VALUES // max(1, height * width * channels * columns)
     # So many images that a dot adds up TILE_PIXELS, though they may leave the cache.
     enough = -(-TILE_PIXELS // max(1, gradients[1] * gradients[2]))
     tile = max(1, min(number, max(fit, enough)))

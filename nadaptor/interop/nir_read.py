@@ -114,6 +114,11 @@ def _neuron(name: str, node: Any, start: float | None) -> Callable[[Any], Any]:
             f"IF node {name!r} is not reset by subtraction, or to another potential than 0, or has "
             "a threshold that is not positive"
         )
+    if told and "start" not in told:
+        raise ValueError(
+            f"IF node {name!r} has metadata of nadaptor without its start potential, 'start'; "
+            "write the graph again by nadaptor.interop.nir.write_nir"
+        )
     level = float(threshold.flat[0])
     same = bool((threshold == level).all())
     # A whole threshold is a number of levels; any other is one level of that scale.

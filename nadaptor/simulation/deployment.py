@@ -108,7 +108,10 @@ def export(
             jax.eval_shape(run, _one_more(args[data]))
         exported = jax_export.export(jax.jit(run), platforms=tuple(platforms))(shapes)
     except Exception as error:
-        raise _of_batch(error) if any_batch else error from error
+        # A refusal of our own names its remedy already.
+        if not any_batch or (isinstance(error, ValueError) and "cannot convert" in str(error)[:14]):
+            raise
+        raise _of_batch(error) from error
     artefact = bytes(exported.serialize())
     said = {
         **(metadata or {}),
@@ -267,11 +270,8 @@ def _one_more(data: Any) -> Any:
     )
 
 
-def _of_batch(error: Exception) -> Exception:
+def _of_batch(error: Exception) -> ValueError:
     """Says what to do where a function does not work for an open number of examples."""
-    # A refusal of our own names its remedy already.
-    if isinstance(error, ValueError) and str(error).startswith("cannot convert"):
-        return error
     line = " ".join(str(error).split())[:300]
     return ValueError(
         f"cannot export for a batch of any size ({type(error).__name__}: {line}); pass "

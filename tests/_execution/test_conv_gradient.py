@@ -59,6 +59,7 @@ def small_tiles(monkeypatch):
         (IMAGES, KERNEL, {}),
         ((4, 8, 9, 3), KERNEL, {}),
         ((0, 8, 9, 3), KERNEL, {}),
+        ((2, 0, 9, 3), KERNEL, {}),
         ((1, 8, 9, 3), KERNEL, {"padding": "VALID"}),
         (IMAGES, KERNEL, {"strides": (2, 2)}),
         (IMAGES, KERNEL, {"strides": (2, 1), "padding": ((1, 1), (0, 2))}),

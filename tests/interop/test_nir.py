@@ -156,6 +156,31 @@ def test_a_constant_that_differs_between_pixels_is_refused():
         to_nir(f, jnp.ones((3, 3, 1, 1)), jnp.ones((1, 4, 4, 1)))
 
 
+@pytest.mark.parametrize("move", [lambda x: x.reshape(2, -1), lambda x: x[:, None], lambda x: x])
+def test_a_matrix_first_takes_the_other_axis_for_pixels(move):
+    w, x = dyadic(0, (3, 4)), dyadic(1, (2, 6, 3))
+
+    def f(w, x):
+        return act(act(move(act(x @ w))) * 2)
+
+    f = f if move(x).ndim > 2 else lambda w, x: act(move(act(x @ w)) @ jnp.eye(24)[:, :2])
+    g, parts = from_nir(to_nir(f, w, x))
+    np.testing.assert_array_equal(jax.jit(g)(parts, x), jax.jit(f)(w, x))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: act(x + jnp.arange(4.0)),
+        lambda x: act(x @ jnp.eye(4)),
+        lambda x: act(x.reshape(1, -1)),
+    ],
+)
+def test_more_than_two_axes_of_pixels_are_refused(f):
+    with pytest.raises(ValueError, match="NIR has two axes of pixels, not 3"):
+        to_nir(f, jnp.ones((1, 2, 3, 2, 4)))
+
+
 def test_bad_arguments_are_refused():
     x = jnp.ones((2, 4))
     with pytest.raises(ValueError, match="start='bias' with the number"):
@@ -183,6 +208,13 @@ def test_a_neuron_of_others_is_read_only_where_its_reset_is_said():
     # From 0, with reset by subtraction: every third step, and every one.
     found = nadaptor.simulate(f, weights, x, num_steps=6)
     np.testing.assert_array_equal(found.spike_counts[0], [[2, 6]])
+
+
+def test_metadata_without_a_start_are_refused_by_the_node():
+    graph = foreign()
+    graph.nodes["lif"].metadata["nadaptor"] = {"reset": "subtract"}
+    with pytest.raises(ValueError, match="'lif' has metadata of nadaptor without its start"):
+        from_nir(graph)
 
 
 def test_nodes_and_loops_that_have_no_quantized_network_are_refused():

@@ -80,13 +80,14 @@ def test_a_function_for_one_batch_size_is_exported_for_that_size(tmp_path):
 
 
 def test_an_operation_that_spikes_cannot_pass_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"softmax .*at .*test_deployment"):
+    with pytest.raises(ValueError, match=r"softmax .*at .*test_deployment") as caught:
         nadaptor.export(
             tmp_path / "net",
             lambda x: jax.nn.softmax(nadaptor.lsq(x, 0.5, levels=2)) ** 2,
             X,
             num_steps=T,
         )
+    assert caught.value.__cause__ is not caught.value
 
 
 @pytest.mark.parametrize(
