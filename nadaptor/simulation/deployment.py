@@ -109,7 +109,8 @@ def export(
         exported = jax_export.export(jax.jit(run), platforms=tuple(platforms))(shapes)
     except Exception as error:
         # A refusal of our own names its remedy already.
-        if not any_batch or (isinstance(error, ValueError) and "cannot convert" in str(error)[:14]):
+        ours = isinstance(error, ValueError) and str(error).startswith("cannot convert")
+        if ours or not any_batch:
             raise
         raise _of_batch(error) from error
     artefact = bytes(exported.serialize())
