@@ -92,8 +92,8 @@ def _library(compiler: str, key: str) -> Path:
             path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         return _compile(compiler, folder)
-    except PermissionError:
-        # It is in use for as long as the process lives.
+    except OSError:
+        # The cache cannot be written. This one is in use for as long as the process lives.
         return _compile(compiler, Path(tempfile.mkdtemp(prefix="nadaptor-")))
 
 

@@ -1,6 +1,8 @@
 """Convolutions by events against dense ones: on dyadic numbers, the same to the bit."""
 
+import errno
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -264,9 +266,10 @@ def test_a_library_is_kept_made_anew_where_damaged_and_made_by_two_at_once(tmp_p
     assert len(list(library.parent.iterdir())) == 1
 
 
-def test_a_damaged_library_that_cannot_be_removed_is_made_elsewhere(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_damaged_library_that_cannot_be_removed_is_made_elsewhere(number, tmp_path, monkeypatch):
     def refuse(path, **options):
-        raise PermissionError(path)
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(kernel, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(kernel, "_compile", lambda compiler, folder: folder)
