@@ -232,8 +232,7 @@ def choose_devices(num_local: NumDevices, divided: int = 1, before: int | None =
         if one_cpu and before and before <= len(local) and divided % before == 0:
             num_local = before
         elif one_cpu:
-            sizes = range(1, len(local) + 1 if most else 2)
-            num_local = max(n for n in sizes if divided % n == 0)
+            num_local = max(n for n in range(1, len(local) + 1) if divided % n == 0) if most else 1
     if processes > 1 and num_local != len(local):
         raise ValueError(f"num_devices must be {len(local)}, all of each process, not {num_local}")
     if check_count(num_local, "num_devices") > len(local):

@@ -247,7 +247,8 @@ def _with_scales(
     """The arguments, with the shapes of the stored scales where a quantized function has none."""
     if not isinstance(f, Quantized) or args[0] is not None:
         return args
-    names = (layer.name for layer in f.layers(*args[1:]) if layer.kind != "max_pool")
+    # A max-pool that becomes a mean is a layer without a scale.
+    names = (layer.name for layer in f.layers(*args[1:]))
     found = {name: stored[f"0/{name}"] for name in names if f"0/{name}" in stored}
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in found.items()}
     return (shapes, *args[1:])

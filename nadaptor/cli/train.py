@@ -12,8 +12,16 @@ from nadaptor.models.registry import MODELS
 from nadaptor.training.options import Options
 
 # Options that an evaluation has no use for.
-OF_TRAINING = ("snapshot_steps", "max_minutes", "keep", "resident", "tensorboard")
-OF_TRAINING += ("coordinator", "num_processes", "process_id")
+OF_TRAINING = (
+    "snapshot_steps",
+    "max_minutes",
+    "keep",
+    "resident",
+    "tensorboard",
+    "coordinator",
+    "num_processes",
+    "process_id",
+)
 DESCRIPTION = "Trains a network, after the full-precision network that it starts from."
 
 
