@@ -24,6 +24,7 @@ PAIRS: Mapping[Method, Method] = {
     "noise_adaptor_unscaled": "lsq_unscaled",
     "noise_adaptor_half": "lsq",
     "noise_adaptor_relu_start": "lsq",
+    "noise_adaptor_relu_start_unscaled": "lsq_unscaled",
     "any_level": "lsq",
 }
 

@@ -138,8 +138,8 @@ def gradient() -> Study:
 def recipe() -> Study:
     """What may do better than the adaptor at equal cost, at 20 epochs of the study "fit".
 
-    No factor of LSQ on the scales' gradient, a start measured with ReLUs, half the noise, any level
-    in each step; each with plain neurons and with negative spikes, which cost no steps.
+    No factor of LSQ on the scales' gradient, a start measured with ReLUs, both, half the noise, any
+    level in each step; each with plain neurons and with negative spikes, which cost no steps.
 
     `python -m nadaptor.study recipe --data-dir DIR`
     """
@@ -149,6 +149,7 @@ def recipe() -> Study:
         "noise_adaptor",
         "noise_adaptor_unscaled",
         "noise_adaptor_relu_start",
+        "noise_adaptor_relu_start_unscaled",
         "noise_adaptor_half",
         "any_level",
     )

@@ -33,12 +33,14 @@ Variant = Literal[
     "noise_adaptor_unscaled",
     "noise_adaptor_half",
     "noise_adaptor_relu_start",
+    "noise_adaptor_relu_start_unscaled",
 ]
 # The activations of the table that become spikes, and variants of them.
 Method = Literal[Spiking, Variant]
 # What a method sets in a config beside p, where that is more than the activation of its name:
 # Eq. 7's own gradient in place of Eq. 10, LSQ's factor on the gradient of the scale, noise of half
-# the width, and scales that are measured on the parent's network with ReLUs.
+# the width, scales that are measured on the parent's network with ReLUs, and those without the
+# factor.
 METHODS: Mapping[Method, Mapping[str, Any]] = {
     "lsq_unscaled": {"activation": "lsq", "scale_gradient": False},
     "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
@@ -46,6 +48,11 @@ METHODS: Mapping[Method, Mapping[str, Any]] = {
     "noise_adaptor_unscaled": {"activation": "noise_adaptor", "scale_gradient": False},
     "noise_adaptor_half": {"activation": "noise_adaptor", "noise_amplitude": 0.25},
     "noise_adaptor_relu_start": {"activation": "noise_adaptor", "scale_init": "mmse_relu"},
+    "noise_adaptor_relu_start_unscaled": {
+        "activation": "noise_adaptor",
+        "scale_init": "mmse_relu",
+        "scale_gradient": False,
+    },
     "any_level": {"gradient": "exact", "scale_gradient": False},
 }
 # Methods whose levels are not a choice: one network serves every p of the study.

@@ -22,6 +22,7 @@ from nadaptor.errors import OutOfTimeError, PassingError, RunError
 from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
 from nadaptor.models.config import ACTIVATIONS
 from nadaptor.studies import study as grid
+from nadaptor.studies.differences import PAIRS
 from nadaptor.studies.named import STUDIES
 from nadaptor.studies.study import Study, cells_of, config_of, run_study
 from nadaptor.studies.table import write_study
@@ -89,7 +90,7 @@ def test_the_command_measures_the_cells_that_are_missing_and_writes_the_grid(tmp
 
 def test_the_methods_are_the_activations_that_become_spikes_and_variants_of_them():
     spiking = {name for name, entry in ACTIVATIONS.items() if entry.converts_as}
-    of_the_adaptor = ("exact", "scaled", "unscaled", "half", "relu_start")
+    of_the_adaptor = ("exact", "scaled", "unscaled", "half", "relu_start", "relu_start_unscaled")
     variants = {"lsq_unscaled"} | {f"noise_adaptor_{variant}" for variant in of_the_adaptor}
     assert set(typing.get_args(grid.Method)) == spiking | variants
     assert {grid.METHODS[name]["activation"] for name in variants} <= spiking
@@ -119,9 +120,7 @@ def test_cells_of_other_settings_are_refused(done):
 
 WORKER = """
 import sys
-import typing
 from pathlib import Path
-from nadaptor.models.config import ACTIVATIONS
 from nadaptor.studies import study as grid
 from nadaptor.studies.study import Study
 
@@ -311,6 +310,12 @@ def test_a_variant_changes_its_own_field_alone():
     study = Study(methods=("noise_adaptor", "noise_adaptor_exact"), levels=(2,), seeds=1)
     plain, exact = (config_of(c, study) for c in cells_of(study) if c.correction == "none")
     assert replace(plain, name=exact.name, gradient="exact") == exact
+
+
+def test_a_variant_of_two_settings_changes_what_each_alone_changes():
+    start, factor = (grid.METHODS[f"noise_adaptor_{name}"] for name in ("relu_start", "unscaled"))
+    assert grid.METHODS["noise_adaptor_relu_start_unscaled"] == start | factor
+    assert PAIRS["noise_adaptor_relu_start_unscaled"] == PAIRS["noise_adaptor_unscaled"]
 
 
 def test_the_papers_figures_stand_below_a_network_of_its_tables(tmp_path):
