@@ -2,8 +2,8 @@
 
     python -m benchmarks.beyond --data-dir DIR
 
-A narrow VGG-16 with norms on 32 pixels, with its max-pools and with means in their place, and a
-small vision transformer on 16 pixels, each on 2,000 images of CIFAR-10, p = 2. A full-precision
+A narrow VGG-16 with norms on 1,000 images of CIFAR-10 at 32 pixels, with its max-pools and with
+means in their place, and a small vision transformer on 2,000 at 16 pixels, p = 2. A full-precision
 parent comes first for each network and seed, and both methods start from it. DIR has the TFDS data
 set `cifar10`. What is there from an earlier call is not done again.
 """
@@ -29,11 +29,12 @@ from nadaptor.training.options import Options
 
 SHOWN = (1, 2, 4, 8, 16)
 # What each network sets in a config, and whether all between its neurons is affine.
-VGG = {"model": "cifar_vgg16_bn", "width": 8, "image_size": 32}
+VGG = {"model": "cifar_vgg16_bn", "width": 8, "image_size": 32, "train_size": 1000}
+VIT = {"model": "cifar_vit", "width": 48, "image_size": 16, "train_size": 2000}
 NETWORKS: Mapping[str, tuple[Mapping[str, Any], bool]] = {
     "VGG-16, mean-pools": ({**VGG, "pool": "mean"}, True),
     "VGG-16, max-pools": ({**VGG, "pool": "max"}, False),
-    "vision transformer": ({"model": "cifar_vit", "width": 48, "image_size": 16}, False),
+    "vision transformer": (VIT, False),
 }
 Method = Literal["lsq", "noise_adaptor"]
 
@@ -102,7 +103,6 @@ def config_of(cell: Cell, **changes: Any) -> Config:
         name=cell.method,
         activation=cell.method,
         seed=cell.seed,
-        train_size=2000,
         **NETWORKS[cell.network][0],
         **changes,
     )
