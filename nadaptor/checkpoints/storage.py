@@ -2,7 +2,7 @@
 
 A write that fails is raised where it is waited for. Before that, each of Orbax's threads logs it
 with its traceback, and the writes that tensorstore has under way report to an event loop that is
-closed: two thousand lines for a full disk.
+closed, or fail with nobody left to ask: two thousand lines for a full disk.
 """
 
 import asyncio.base_events
@@ -27,6 +27,8 @@ def hushed() -> Iterator[None]:
     from absl import logging as of_orbax
 
     _hush_closed_loops()
+    # For good as well, and once for the whole program: a logger takes the same filter only once.
+    logging.getLogger("asyncio").addFilter(_UNASKED)
     logger, own = of_orbax.get_absl_logger(), _NoErrors()
     logger.addFilter(own)
     try:
@@ -57,6 +59,19 @@ class _NoErrors(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+class _NoUnasked(logging.Filter):
+    """For what other reads or writes of a call that failed came to, told by the collector."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # A task names the file of its function, and a future of tensorstore's the array's place.
+        text = record.getMessage()
+        ours = "orbax" in text or "tensorstore" in text
+        return not (ours and "exception was never retrieved" in text)
+
+
+_UNASKED = _NoUnasked()
 
 
 def _hush_closed_loops() -> None:

@@ -2,7 +2,6 @@ import dataclasses
 import gc
 import hashlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import absl.logging
 import chex
 import jax
 import jax.numpy as jnp
@@ -22,7 +20,6 @@ import pytest
 from nadaptor._files import check_writable
 from nadaptor._files.card import FORMAT, DamagedError, fields_of, seal, unseal
 from nadaptor.checkpoints.checkpoint import digests, load_card, load_checkpoint, save_checkpoint
-from nadaptor.checkpoints.storage import hushed
 from nadaptor.conversion.origin import check_free
 from nadaptor.errors import PassingError, RunError
 
@@ -439,22 +436,6 @@ def test_a_full_disk_is_one_line_with_its_cause_at_every_save(tmp_path):
     assert done.returncode == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["snapshots"]
     assert not [path for path in (tmp_path / "snapshots").iterdir() if path.name.isdigit()]
-
-
-def test_what_orbax_logs_is_kept_back_until_the_last_block_ends():
-    """A run reads its parent while its snapshots are open."""
-    logger = absl.logging.get_absl_logger()
-
-    def passes(path, level=logging.ERROR):
-        return bool(logger.filter(logging.LogRecord("absl", level, path, 1, "m", (), None)))
-
-    with hushed():
-        with hushed():
-            pass
-        assert not passes("site-packages/orbax/checkpoint/futures.py")
-        assert passes("site-packages/orbax/checkpoint/futures.py", logging.WARNING)
-        assert passes("mine.py")
-    assert passes("site-packages/orbax/checkpoint/futures.py")
 
 
 def test_a_disk_without_room_is_no_result_of_a_network(tmp_path, monkeypatch):
