@@ -1,3 +1,4 @@
+import importlib.metadata
 import os
 import pathlib
 
@@ -9,8 +10,14 @@ FLAG = "--xla_force_host_platform_device_count"
 # own passes, which reorder sums and fuse, stay on. What trains or simulates for longer than it
 # compiles asks for LLVM's first level, by the fixture `optimized`.
 LEVEL = "--xla_backend_optimization_level"
+# What fuses operations by MLIR takes half of the rest. Later versions have no other way, and end at
+# a flag that they do not know.
+EMITTERS = "--xla_cpu_use_fusion_emitters"
+FLAGS = {FLAG: "8", LEVEL: "1"}
+if importlib.metadata.version("jax").startswith("0.10."):
+    FLAGS[EMITTERS] = "false"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-for flag, value in ((FLAG, 8), (LEVEL, 1)):
+for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
