@@ -110,7 +110,7 @@ def fine_tune(
     update = functools.partial(_update, model, optimizer, num_steps, images.spec, devices.axis_name)
     # Of (state, images, labels); there is no key, because nothing in a step is drawn.
     placed = place_step(update, devices, "pmap", (False, True, True))
-    state, losses = placed.replicate((params, optimizer.init(params))), []
+    state, losses = placed.replicate((params, jax.jit(optimizer.init)(params))), []
     print(f"fine-tunes in {total} steps on {devices}")
     stream = batches(images, "none", tuning.seed, size, stop_step=total)
     with contextlib.closing(stream):

@@ -62,6 +62,10 @@ def init_state(
             pretrained, images, key
         )
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    # A copy: the step donates the state, and one buffer cannot be given away twice.
-    average = jax.tree.map(jnp.copy, params) if averaged else None
-    return TrainState(jnp.int32(0), params, batch_stats, optimizer.init(params), average)
+
+    def beside(params: Any) -> tuple[Any, Any]:
+        # A copy: the step donates the state, and one buffer cannot be given away twice.
+        return optimizer.init(params), jax.tree.map(jnp.copy, params) if averaged else None
+
+    # As one program, and not one for each shape of a leaf.
+    return TrainState(jnp.int32(0), params, batch_stats, *jax.jit(beside)(params))
