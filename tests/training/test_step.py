@@ -38,19 +38,29 @@ def start(config, batch, axis_name=None):
     return step, state
 
 
-def test_a_step_is_a_pure_function(batch):
-    step, state = start(small("digits_na"), batch)
-    copy = jax.tree.map(jnp.copy, state)
-    step = jax.jit(step)
+@pytest.fixture(scope="module")
+def started(batch):
+    """The jitted step and the state before it of a config by name, each compiled once."""
+
+    @functools.cache
+    def make(name):
+        step, state = start(small(name), batch)
+        return jax.jit(step), state
+
+    return make
+
+
+def test_a_step_is_a_pure_function(batch, started):
+    step, state = started("digits_na")
+    copy = jax.tree.map(np.array, state)
     key = jax.random.key(1)
     chex.assert_trees_all_equal(step(state, *batch, key), step(state, *batch, key))
     chex.assert_trees_all_equal(state, copy)
 
 
-def test_only_the_noise_adaptor_depends_on_the_key_and_on_the_step(batch):
+def test_only_the_noise_adaptor_depends_on_the_key_and_on_the_step(batch, started):
     for name, depends in (("digits_lsq", False), ("digits_na", True)):
-        step, state = start(small(name), batch)
-        step = jax.jit(step)
+        step, state = started(name)
         later = state._replace(step=state.step + 1)
         loss = step(state, *batch, jax.random.key(1))[1].loss
         assert (step(state, *batch, jax.random.key(2))[1].loss != loss) == depends
@@ -78,22 +88,22 @@ def test_the_optimizer_is_sgd_with_momentum_decay_of_everything_and_a_cosine():
     optimizer = build_optimizer(config, total)
     w, g, trace = 2.0, 0.5, 0.0
     params = {"act1": {"quant_scale": jnp.array(w)}}
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for i in range(total):
         trace = g + decay * w + momentum * trace
         w -= rate * 0.5 * (1 + np.cos(np.pi * i / total)) * trace
         grads = {"act1": {"quant_scale": jnp.array(g)}}
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         chex.assert_trees_all_close(params["act1"]["quant_scale"], w, rtol=1e-6)
 
 
 def test_the_rate_rises_along_a_line_in_a_warm_up_and_then_follows_the_cosine():
     optimizer = build_optimizer(small("digits_na", warmup_steps=2, momentum=0, weight_decay=0), 6)
-    state, rates = optimizer.init(jnp.array(0.0)), []
+    state, update, rates = optimizer.init(jnp.array(0.0)), jax.jit(optimizer.update), []
     for _ in range(6):
-        update, state = optimizer.update(jnp.array(-1.0), state, jnp.array(0.0))
-        rates.append(float(update))
+        moved, state = update(jnp.array(-1.0), state, jnp.array(0.0))
+        rates.append(float(moved))
     cosine = 0.1 * 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4))
     np.testing.assert_allclose(rates, [0, 0.05, *cosine], atol=1e-7)
 
@@ -107,16 +117,17 @@ def test_scales_stay_positive_whatever_the_update(batch):
 
 
 @pytest.mark.parametrize("name", ["digits_relu", "digits_lsq", "digits_na"])
-def test_a_batch_split_over_an_axis_trains_as_one(batch, name):
-    one, state = start(small(name), batch)
+def test_a_batch_split_over_an_axis_trains_as_one(batch, started, name):
+    one, state = started(name)
     split, _ = start(small(name), batch, axis_name="batch")
     shards = [x.reshape(2, BATCH // 2, *x.shape[1:]) for x in batch]
     key = jax.random.key(3)
     mapped = jax.vmap(split, in_axes=(None, 0, 0, None), axis_name="batch")
-    together = jax.jit(mapped)(state, *shards, key)
+    # As NumPy's, of which nothing is compiled for each shape.
+    together = jax.device_get(jax.jit(mapped)(state, *shards, key))
     first, second = (jax.tree.map(lambda x, i=i: x[i], together) for i in range(2))
     chex.assert_trees_all_close(first, second)
-    whole = jax.jit(one)(state, *batch, key)
+    whole = jax.device_get(one(state, *batch, key))
     chex.assert_trees_all_close(first[1], whole[1], rtol=1e-5)
     # A value at a rounding edge may fall on the other side of it, so that single entries differ.
     for a, b in zip(*map(jax.tree.leaves, (first[0].params, whole[0].params)), strict=True):
@@ -130,8 +141,8 @@ def test_a_network_is_built_once_for_all_seeds():
     assert build_model(a) is not build_model(a, folded=True)
 
 
-def test_the_start_keeps_pretrained_weights_and_adds_scales_alone(batch):
-    _, pretrained = start(small("digits_relu"), batch)
+def test_the_start_keeps_pretrained_weights_and_adds_scales_alone(batch, started):
+    _, pretrained = started("digits_relu")
     config = small("digits_na")
     model, optimizer = build_model(config), build_optimizer(config, 10)
     state = init_state(model, optimizer, batch.images, jax.random.key(5), pretrained.variables)
@@ -143,8 +154,8 @@ def test_the_start_keeps_pretrained_weights_and_adds_scales_alone(batch):
     assert len(paths) == 7
 
 
-def test_a_start_from_other_weights_is_refused(batch):
-    _, pretrained = start(small("digits_relu"), batch)
+def test_a_start_from_other_weights_is_refused(batch, started):
+    _, pretrained = started("digits_relu")
     config = replace(small("digits_na"), model="digits_resnet20")
     model, optimizer = build_model(config), build_optimizer(config, 10)
     with pytest.raises(ValueError, match="variables lack more than scales"):
