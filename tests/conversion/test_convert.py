@@ -19,8 +19,6 @@ from nadaptor.data.registry import open_source
 from nadaptor.models import Lsq, create, fold_batch_norm, is_scale
 from nadaptor.training import RunError, convert, load_snn
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 
 def network(levels):
     """A network with random weights, folded and not, and a batch."""

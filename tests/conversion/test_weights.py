@@ -22,8 +22,6 @@ from nadaptor.evaluation.report import simulate_checkpoint
 from nadaptor.models import create, fold_batch_norm
 from nadaptor.training import load_snn
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 MODEL = {"width": 4}
 OPTIONS = ("--model", "digits_resnet8", "--width", 4)
 

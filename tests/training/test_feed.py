@@ -20,8 +20,6 @@ from nadaptor.training.feed import open_feed, resident_steps
 from nadaptor.training.options import DEFAULT
 from nadaptor.training.run import first_state, open_run
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 RESIDENT = dataclasses.replace(DEFAULT, resident=True)
 
 

@@ -16,8 +16,6 @@ from nadaptor.cli.failures import failure
 from nadaptor.errors import Interrupted, RunError
 from nadaptor.parallel import start_processes
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os, sys

@@ -27,8 +27,6 @@ from nadaptor.training.dry_run import dry_run
 from nadaptor.training.options import DEFAULT
 from nadaptor.training.run import first_state, open_run, read_weights
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 
 @pytest.fixture(scope="module")
 def small():

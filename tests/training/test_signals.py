@@ -11,8 +11,6 @@ import pytest
 from nadaptor.errors import ENDING, Interrupted
 from nadaptor.training.signals import told_to_end
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 ROOT = Path(__file__).parents[2]
 # A compilation lets no handler of Python run; nor does this.
 COMPILES = """
