@@ -9,7 +9,22 @@ import pytest
 
 import nadaptor
 from nadaptor import analysis
-from nadaptor.analysis import firing_rates, layer_errors
+
+
+def compiled(function):
+    """The function of a network as one program: by itself each operation would be one more."""
+
+    def call(f, *args, **options):
+        return jax.jit(functools.partial(function, f, **options))(*args)
+
+    return call
+
+
+layer_errors, conversion_report, simulate, record = map(
+    compiled,
+    (analysis.layer_errors, analysis.conversion_report, nadaptor.simulate, nadaptor.record),
+)
+firing_rates = jax.jit(analysis.firing_rates, static_argnums=1)
 
 
 @functools.cache
@@ -27,7 +42,7 @@ def deep():
 
 def test_firing_rates_are_spikes_a_neuron_and_step():
     v = jnp.array([0.0, 1.0, 8.0])
-    sim = nadaptor.simulate(lambda v: nadaptor.lsq(v, 1.0, 4), v, num_steps=8)
+    sim = simulate(lambda v: nadaptor.lsq(v, 1.0, 4), v, num_steps=8)
     (rate,) = firing_rates(sim, 8)
     assert float(rate) == pytest.approx((0 + 2 + 8) / 3 / 8)
 
@@ -98,8 +113,7 @@ def errors_by_hand(num_steps, rounding):
 )
 @pytest.mark.parametrize("num_steps", [1, 8])
 def test_layer_errors_are_those_of_a_loop_over_the_steps(num_steps, reference, rounding):
-    measure = functools.partial(layer_errors, two_layers, num_steps=num_steps, reference=reference)
-    errors = jax.jit(measure)(IMAGES)
+    errors = layer_errors(two_layers, IMAGES, num_steps=num_steps, reference=reference)
     assert list(errors) == ["layer0", "layer1"]
     wanted = errors_by_hand(num_steps, rounding)
     assert wanted[1] > 0
@@ -108,8 +122,8 @@ def test_layer_errors_are_those_of_a_loop_over_the_steps(num_steps, reference, r
 
 def test_with_sum_coding_no_layer_has_an_error_once_the_network_has_settled():
     def measure(num_steps):
-        run = functools.partial(layer_errors, two_layers, num_steps=num_steps, coding="sum")
-        return [float(error) for error in jax.jit(run)(IMAGES).values()]
+        errors = layer_errors(two_layers, IMAGES, num_steps=num_steps, coding="sum")
+        return [float(error) for error in errors.values()]
 
     early, late = measure(1), measure(32)
     assert min(early) > 0
@@ -118,8 +132,8 @@ def test_with_sum_coding_no_layer_has_an_error_once_the_network_has_settled():
 
 def test_a_negative_spike_counts_as_a_spike():
     options = {"num_steps": 8, "neuron": nadaptor.SignedIntegrateAndFire()}
-    trains = nadaptor.record(two_layers, IMAGES, **options, quantities=["spikes"])
-    rates = firing_rates(nadaptor.simulate(two_layers, IMAGES, **options), 8)
+    trains = record(two_layers, IMAGES, **options, quantities=["spikes"])
+    rates = firing_rates(simulate(two_layers, IMAGES, **options), 8)
     assert (trains["layer1"].spikes < 0).any()
     for rate, layer in zip(rates, trains.values(), strict=True):
         assert float(rate) == pytest.approx(np.abs(layer.spikes).mean())
@@ -127,7 +141,7 @@ def test_a_negative_spike_counts_as_a_spike():
 
 @pytest.mark.parametrize("num_steps", [0, -1, 2.0, True])
 def test_a_number_of_steps_that_is_none_is_refused(num_steps):
-    sim = nadaptor.simulate(lambda v: nadaptor.lsq(v, 1.0, 4), jnp.ones(2), num_steps=2)
+    sim = simulate(lambda v: nadaptor.lsq(v, 1.0, 4), jnp.ones(2), num_steps=2)
     with pytest.raises(ValueError, match="num_steps must be a positive int"):
         firing_rates(sim, num_steps)
     with pytest.raises(ValueError, match="num_steps must be a positive int"):
@@ -149,9 +163,9 @@ def small_network(x):
 @pytest.mark.parametrize("options", REPORTS.values(), ids=REPORTS)
 def test_report_agrees_with_the_recording_and_the_layer_errors(options):
     x, steps = jnp.array([[0.25, 1.0], [0.5, 0.0], [0.75, 0.5], [-1.0, 0.25]]), 6
-    found = analysis.conversion_report(small_network, x, num_steps=steps, **options)
-    recorded = nadaptor.record(small_network, x, num_steps=steps, **options)
-    errors = analysis.layer_errors(small_network, x, num_steps=steps, **options)
+    found = conversion_report(small_network, x, num_steps=steps, **options)
+    recorded = record(small_network, x, num_steps=steps, **options)
+    errors = layer_errors(small_network, x, num_steps=steps, **options)
     for name, layer in found.items():
         z = np.asarray(recorded[name].spikes)
         np.testing.assert_allclose(layer.silent, (np.abs(z).sum(0) == 0).mean(), rtol=1e-6)
@@ -165,9 +179,9 @@ def test_report_agrees_with_the_recording_and_the_layer_errors(options):
 def test_noise_is_zero_where_the_current_is_constant_and_after_sums_have_settled():
     x = jnp.linspace(-1, 2, 40)[:, None] * jnp.ones(2)
     for steps in (1, 5, 8):
-        first = analysis.conversion_report(small_network, x, num_steps=steps)["layer0"]
+        first = conversion_report(small_network, x, num_steps=steps)["layer0"]
         assert first.noise[analysis.MOST_NOISE] == x.size
-    for layer in analysis.conversion_report(small_network, x, num_steps=32, coding="sum").values():
+    for layer in conversion_report(small_network, x, num_steps=32, coding="sum").values():
         assert layer.noise[analysis.MOST_NOISE] == layer.noise.sum()
 
 
@@ -178,5 +192,5 @@ def test_noise_counts_spikes_that_uneven_currents_cause():
 
     # a fires at every step and b at the third only: 1, 1 and -1 arrive, and two spikes are sent,
     # where 1/3 at each of three steps would give one.
-    noise = analysis.conversion_report(f, jnp.array([[1.0, 0.1875]]), num_steps=3)["layer2"].noise
+    noise = conversion_report(f, jnp.array([[1.0, 0.1875]]), num_steps=3)["layer2"].noise
     assert np.flatnonzero(noise).tolist() == [analysis.MOST_NOISE + 1]
