@@ -9,16 +9,28 @@ import numpy as np
 import pytest
 
 import nadaptor
-from nadaptor.calibration import (
-    calibrate_biases,
-    calibrate_potentials,
-    calibrate_thresholds,
-    maximum,
-    mmse,
-    percentile,
-    shift_biases,
-)
+from nadaptor import calibration
+from nadaptor.calibration import maximum, mmse, percentile, shift_biases
 from nadaptor.simulation import run_network
+
+
+def compiled(function):
+    """The function of a network as one program: by itself each operation would be one more."""
+
+    def call(f, *args, **options):
+        return jax.jit(functools.partial(function, f, **options))(*args)
+
+    return call
+
+
+calibrate_thresholds, calibrate_biases, calibrate_potentials = map(
+    compiled,
+    (
+        calibration.calibrate_thresholds,
+        calibration.calibrate_biases,
+        calibration.calibrate_potentials,
+    ),
+)
 
 WEIGHTS = jax.random.normal(jax.random.key(0), (3, 20, 20)) * 0.4
 IMAGES = jax.random.normal(jax.random.key(1), (64, 20))
@@ -35,10 +47,12 @@ def clipped(weights, x, threshold=1.0):
     return network(lambda v: nadaptor.clipped_relu(v, threshold), weights, x)
 
 
+@jax.jit
 def relu(weights, x):
     return network(jax.nn.relu, weights, x)
 
 
+@jax.jit
 def hidden(weights, x):
     """The input of each ReLU."""
     seen = []
@@ -53,12 +67,15 @@ def thresholds(rule=None):
     return calibrate_thresholds(clipped, WEIGHTS, IMAGES, rule=rule or maximum())
 
 
-def error(calibration, num_steps, x=OTHERS, **options):
-    net = nadaptor.spiking(clipped, WEIGHTS, x, **options)
-    if calibration is not None:
-        net = calibration.apply(net)
-    sim = run_network(net, net.prepare(WEIGHTS, x), num_steps)
-    return float(jnp.abs(sim.outputs[-1] - relu(WEIGHTS, x)).mean())
+def error(calibrated, num_steps, x=OTHERS, **options):
+    @jax.jit
+    def outputs(weights, x):
+        net = nadaptor.spiking(clipped, weights, x, **options)
+        if calibrated is not None:
+            net = calibrated.apply(net)
+        return run_network(net, net.prepare(weights, x), num_steps).outputs[-1]
+
+    return np.abs(np.asarray(outputs(WEIGHTS, x)) - relu(WEIGHTS, x)).mean()
 
 
 def test_the_maximum_is_that_of_the_network_with_plain_relus():
@@ -141,10 +158,14 @@ def test_calibrated_biases_bring_the_means_of_channels_nearer_to_the_relu_networ
     found = calibrate_biases(clipped, WEIGHTS[:1], IMAGES, calibration=first(low), num_steps=16)
 
     def gap(calibration):
-        net = calibration.apply(nadaptor.spiking(clipped, WEIGHTS[:1], IMAGES))
-        sim = run_network(net, net.prepare(WEIGHTS[:1], IMAGES), 16)
-        rates = sim.spike_counts[0] / 16 * calibration.thresholds[0]
-        return float(jnp.abs(rates.mean(0) - jax.nn.relu(IMAGES @ WEIGHTS[0]).mean(0)).mean())
+        @jax.jit
+        def run(weights, x):
+            net = calibration.apply(nadaptor.spiking(clipped, weights, x))
+            sim = run_network(net, net.prepare(weights, x), 16)
+            rates = sim.spike_counts[0] / 16 * calibration.thresholds[0]
+            return jnp.abs(rates.mean(0) - jax.nn.relu(x @ weights[0]).mean(0)).mean()
+
+        return float(run(WEIGHTS[:1], IMAGES))
 
     assert gap(found) < 0.75 * gap(first(low))
 
@@ -158,19 +179,22 @@ def test_a_bias_shift_has_the_spikes_of_the_pre_charge_after_T_steps_of_a_consta
     f = functools.partial(nadaptor.clipped_relu, threshold=1.0)
     start = calibrate_thresholds(f, v, rule=lambda a, axes: jnp.ones((1, 1)))
     counts = []
-    for calibration in (start, shift_biases(start, 8)):
-        net = calibration.apply(nadaptor.spiking(f, v))
+    for found in (start, shift_biases(start, 8)):
+        net = found.apply(nadaptor.spiking(f, v))
         counts.append(run_network(net, net.prepare(v), 8).spike_counts[0])
     np.testing.assert_array_equal(*counts)
 
 
 def test_corrections_and_signed_neurons_work_on_a_calibrated_network():
     net = thresholds().apply(nadaptor.spiking(clipped, WEIGHTS, OTHERS))
-    prepared = net.prepare(WEIGHTS, OTHERS)
 
     def gap(net, **options):
-        out = run_network(net, prepared, 8, **options).outputs[-1]
-        return float(jnp.abs(out - relu(WEIGHTS, OTHERS)).mean())
+        @jax.jit
+        def run(weights, x):
+            out = run_network(net, net.prepare(weights, x), 8, **options).outputs[-1]
+            return jnp.abs(out - relu(weights, x)).mean()
+
+        return float(run(WEIGHTS, OTHERS))
 
     signed = dataclasses.replace(net, neuron=nadaptor.SignedIntegrateAndFire())
     assert gap(net, correction=nadaptor.OffsetSpikes(8)) < gap(net)
@@ -184,8 +208,8 @@ def test_a_silent_layer_keeps_its_threshold():
 
 def test_everything_can_be_jitted():
     def run(weights, x):
-        found = calibrate_thresholds(clipped, weights, x, rule=mmse(8))
-        return calibrate_biases(clipped, weights, x, calibration=found, num_steps=8)
+        found = calibration.calibrate_thresholds(clipped, weights, x, rule=mmse(8))
+        return calibration.calibrate_biases(clipped, weights, x, calibration=found, num_steps=8)
 
     eager, jitted = (jax.tree.leaves(g(WEIGHTS, IMAGES)) for g in (run, jax.jit(run)))
     for a, b in zip(eager, jitted, strict=True):
@@ -233,11 +257,14 @@ def test_a_kept_max_pool_is_calibrated_on_running_means_with_every_calibration()
     np.testing.assert_allclose(found, [first.max(), second.max()], rtol=1e-6)
     unit = functools.partial(nadaptor.quantize(f, activation="clipped_relu", pools=False), 1.0)
     net = nadaptor.spiking(unit, WEIGHTS, IMAGES, **measure)
-    prepared, wanted = net.prepare(WEIGHTS, IMAGES), f(WEIGHTS, IMAGES)
 
     def error(calibration):
-        sim = run_network(calibration.apply(net), prepared, 4)
-        return float(jnp.abs(sim.outputs[-1] - wanted).mean())
+        @jax.jit
+        def run(weights, x):
+            sim = run_network(calibration.apply(net), net.prepare(weights, x), 4)
+            return jnp.abs(sim.outputs[-1] - f(weights, x)).mean()
+
+        return float(run(WEIGHTS, IMAGES))
 
     for calibrate in (calibrate_biases, calibrate_potentials):
         found = calibrate(f, WEIGHTS, IMAGES, calibration=start, num_steps=4, **measure)
