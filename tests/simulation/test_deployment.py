@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +31,17 @@ def f(w, x):
     return {"logits": nadaptor.lsq(nadaptor.lsq(x, 0.5, levels=2) @ w, 0.25, levels=4) @ w.T}
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    nadaptor.export(folder / "net.jax", f, W, X, num_steps=T)
+    return folder
+
+
 @pytest.fixture
-def net(tmp_path):
-    nadaptor.export(tmp_path / "net.jax", f, W, X, num_steps=T)
-    return tmp_path / "net.jax"
+def net(exported, tmp_path):
+    """A copy of the one network, lowered once for the file, that a test may damage."""
+    return shutil.copytree(exported, tmp_path, dirs_exist_ok=True) / "net.jax"
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
