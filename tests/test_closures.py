@@ -150,9 +150,10 @@ def test_gradients_in_shard_map_are_those_outside(quantizer, split):
         return jax.grad(split, (0, 1))(v, s)
 
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
-    found = jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=specs)(v, scale)
+    # Without jit, each operation would be a program of its own for the two devices.
+    found = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=specs, out_specs=specs))(v, scale)
     outside = loss if split_v else (lambda v, s: loss(v[:2], s[:2]) + loss(v[:2], s[2:]))
-    for ours, theirs in zip(found, jax.grad(outside, (0, 1))(v, scale), strict=True):
+    for ours, theirs in zip(found, jax.jit(jax.grad(outside, (0, 1)))(v, scale), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
