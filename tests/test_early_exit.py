@@ -15,8 +15,9 @@ from nadaptor.early_exit import early_exit, simulate_with_early_exit
 def test_early_exit_is_what_a_loop_over_examples_gives():
     outputs = jax.random.normal(jax.random.key(0), (6, 20, 4)) * 2
     thresholds = [0.0, 0.5, 0.8, 0.95, 1.1]
-    exits = early_exit(outputs, jnp.array(thresholds))
+    exits = jax.device_get(early_exit(outputs, jnp.array(thresholds)))
     confidence = np.asarray(jax.nn.softmax(outputs).max(-1))
+    outputs = np.asarray(outputs)
     for m, threshold in enumerate(thresholds):
         for b in range(20):
             t = next((t for t in range(6) if confidence[t, b] >= np.float32(threshold)), 5)
@@ -49,24 +50,28 @@ WEIGHTS, INPUTS = (
 STEPS = 9
 
 
+WAYS = {
+    "plain": {},
+    "chunks": {"steps_per_chunk": 4},
+    "tiles": {"in_axes": (None, 0), "tile_size": 4, "steps_per_chunk": 2},
+    "correction": {"correction": nadaptor.OffsetSpikes(2)},
+}
+
+
+@functools.cache
+def whole(way):
+    """The outputs of every step, which are the same for every confidence."""
+    run = functools.partial(nadaptor.simulate, classify, num_steps=STEPS, **WAYS[way])
+    return jax.jit(run)(WEIGHTS, INPUTS).outputs
+
+
 @pytest.mark.parametrize("confidence", [0.0, 0.6, 0.9, 1.1])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"steps_per_chunk": 4},
-        {"in_axes": (None, 0), "tile_size": 4, "steps_per_chunk": 2},
-        {"correction": nadaptor.OffsetSpikes(2)},
-    ],
-    ids=["plain", "chunks", "tiles", "correction"],
-)
-def test_running_until_sure_gives_what_the_whole_simulation_gives(confidence, options):
-    sim = nadaptor.simulate(classify, WEIGHTS, INPUTS, num_steps=STEPS, **options)
-    expected = early_exit(sim.outputs, jnp.array([confidence]))
-    found = simulate_with_early_exit(
-        classify, WEIGHTS, INPUTS, num_steps=STEPS, confidence=confidence, **options
-    )
-    chex.assert_trees_all_equal(found, expected)
+@pytest.mark.parametrize("way", WAYS)
+def test_running_until_sure_gives_what_the_whole_simulation_gives(confidence, way):
+    expected = jax.jit(early_exit)(whole(way), np.float32([confidence]))
+    options = {"num_steps": STEPS, "confidence": confidence, **WAYS[way]}
+    run = functools.partial(simulate_with_early_exit, classify, **options)
+    chex.assert_trees_all_equal(jax.jit(run)(WEIGHTS, INPUTS), expected)
 
 
 def test_devices_stop_each_with_its_own_examples_as_one_does():
