@@ -10,13 +10,13 @@ import pytest
 import nadaptor
 
 STEPS = 4
-NEURONS = 200_000
+NEURONS = 50_000
 INPUTS = 32
 
 
 @functools.cache
 def one_layer():
-    """Counts of 200,000 neurons of threshold 1, each with 32 inputs that fire at random steps.
+    """Counts of 50,000 neurons of threshold 1, each with 32 inputs that fire at random steps.
 
     The generator: input i of each neuron has a rate of k/4 spikes in 4 steps, k uniform in 0..4,
     at random steps; weights are normal with mean -0.02 and deviation 0.25, so that most neurons
