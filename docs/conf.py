@@ -62,6 +62,7 @@ PAGES = {
         "docs/results/paper",
         "docs/results/fit",
         "docs/results/cifar10_cpu",
+        "docs/results/beyond",
         "docs/results/digits",
         "docs/results/speed",
     ),
