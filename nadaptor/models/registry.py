@@ -91,7 +91,9 @@ def create(
         activation: activation slot, for example `functools.partial(Lsq, levels=2)`.
         norm: norm slot; None for the folded network.
         dtype: compute dtype.
-        **options: other attributes of the network's class to override, such as `width` or `pool`.
+        **options: other attributes of the network's class to override, such as `width`; `pool` is
+            "mean" by default, and "max" is that of the published ResNets and VGGs: their weights
+            fit both, and are another network with means.
 
     Returns:
         The module, without variables.
