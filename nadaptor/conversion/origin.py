@@ -52,7 +52,7 @@ def open_origin(source: Path | Weights, data_dir: Path | None = None) -> Origin:
         variables, card = load_checkpoint(source, "ann")
         config = from_json(card["config"])
         return Origin(str(source), variables, config, card["card_digest"], card.get("data"))
-    from nadaptor.interop.pretrained import file_identity, load_pretrained
+    from nadaptor.interop.pretrained import file_identity
 
     file, config = source.file, check_config(source.config)
     images = open_split(config.data, "train", data_dir)
@@ -61,10 +61,53 @@ def open_origin(source: Path | Weights, data_dir: Path | None = None) -> Origin:
     model = build_model(plain, num_classes=images.spec.num_classes)
     one = jax.ShapeDtypeStruct((1, *images.spec.image_shape), jnp.float32)
     # Shapes do, because no head starts anew.
-    variables = load_pretrained(file, jax.eval_shape(model.init, jax.random.key(0), one))
-    if config.network.pool != "max" and has_pool(config.network.model):
-        print("a mean is in the place of each max-pool; --pool max keeps them as published")
+    shapes = jax.eval_shape(model.init, jax.random.key(0), one)
+    variables = read_file(
+        file,
+        plain,
+        shapes,
+        "convert with images of the file's classes, or train a new last layer "
+        "by nadaptor train with --init-from and --new-head",
+    )
+    if line := replaced_pools(config):
+        print(line)
     return Origin(str(file), variables, config, file_identity(file), describe(images))
+
+
+def read_file(
+    file: Path, config: Config, variables: Any, classes_differ: str, *, new_head: bool = False
+) -> dict[str, Any]:
+    """Reads a file of weights for a config's network, and says in a command's words what is wrong.
+
+    Args:
+        file: see `nadaptor.interop.load_pretrained`.
+        config: of the network.
+        variables: of the network, or their shapes.
+        classes_differ: what to do where the file is of another number of classes.
+        new_head: as for `load_pretrained`.
+
+    Raises:
+        ValueError: the file cannot be read, or is of another network.
+    """
+    from nadaptor.interop.pretrained import MisfitError, load_pretrained
+
+    try:
+        return load_pretrained(file, variables, new_head=new_head)
+    except MisfitError as error:
+        model, data = config.network.model, config.data.dataset
+        if error.classes is None:
+            raise ValueError(f"{file} is not of {model}: {error}") from error
+        has, wanted = error.classes
+        raise ValueError(
+            f"{file} is of {has} classes, and data set {data} has {wanted}: {classes_differ}"
+        ) from error
+
+
+def replaced_pools(config: Config) -> str | None:
+    """Says that a network has means where published weights have max-pools; None where not."""
+    if config.network.pool == "max" or not has_pool(config.network.model):
+        return None
+    return "a mean is in the place of each max-pool; --pool max keeps them as published"
 
 
 def open_measured(

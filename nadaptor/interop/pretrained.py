@@ -61,6 +61,20 @@ _SAFETENSORS = (
 _MAX_HEADER = 2**24
 
 
+class MisfitError(ValueError):
+    """A file's arrays are not those of the network.
+
+    Args:
+        message: what differs.
+        classes: those of the file and those of the network, where they alone differ.
+    """
+
+    def __init__(self, message: str, classes: tuple[int, int] | None = None) -> None:
+        """Keeps the classes."""
+        super().__init__(message)
+        self.classes = classes
+
+
 def load_pretrained(
     path: str | Path, variables: Mapping[str, Any], *, new_head: bool = False
 ) -> dict[str, Any]:
@@ -185,8 +199,10 @@ def from_torch(
     if new_head:
         state = {name: array for name, array in state.items() if not name.startswith(head)}
     shapes = {names[path]: leaves[path].shape for path in leaves.keys() - kept}
-    state = in_order(over_maps(state, shapes), flattened or {})
+    state = over_maps(state, shapes)
+    # First: of a file of another network nothing else is worth a word.
     _check_fit(shapes, state, head)
+    state = in_order(state, flattened or {})
     loaded = {
         path: leaf if path in kept else jnp.asarray(_ours(_numbers(names[path], state)))
         for path, leaf in leaves.items()
@@ -303,7 +319,9 @@ def _check_fit(
     remedy = ". Pass new_head=True to start a new head" if only_head else ""
     if any(lists):
         found = "; ".join(filter(None, lists))
-        raise ValueError(f"the weights do not fit the network: {found}{remedy}")
+        bias = f"{head}bias"
+        classes = (len(state[bias]), expected[bias][0]) if only_head and bias in wrong else None
+        raise MisfitError(f"the weights do not fit the network: {found}{remedy}", classes)
 
 
 def _listed(what: str, names: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ import optax
 from nadaptor._checks import check_count
 from nadaptor.configs.build import build_model, build_optimizer
 from nadaptor.configs.config import Config, check_config, to_json
+from nadaptor.conversion.origin import read_file, replaced_pools
 from nadaptor.data.augmentation import augment_batch
 from nadaptor.data.loader import Batch, batches, part_of, step_indices
 from nadaptor.data.registry import open_split, steps_per_epoch
@@ -197,12 +198,20 @@ def read_weights(run: Run, path: Path) -> tuple[Any, dict[str, str]]:
     Raises:
         ValueError: the file cannot be read, or does not fit the network.
     """
-    from nadaptor.interop.pretrained import file_identity, load_pretrained
+    from nadaptor.interop.pretrained import file_identity
 
     one = jnp.zeros((1, *run.images.spec.image_shape), jnp.float32)
     # The values serve a new head alone; for everything else the file has its own.
     random = jax.jit(run.model.init)(run.keys.start, one)
-    variables = load_pretrained(path, random, new_head=run.options.new_head)
+    variables = read_file(
+        path,
+        run.config,
+        random,
+        "--new-head starts the last layer anew",
+        new_head=run.options.new_head,
+    )
+    if run.devices.process_index == 0 and (line := replaced_pools(run.config)):
+        print(line)
     return variables, file_identity(path)
 
 

@@ -177,6 +177,15 @@ def test_a_file_of_another_network_is_refused(file, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_other_classes_is_refused_with_what_a_command_can_do(tmp_path, torch_layout):
+    arrays = torch_layout(network()[1])
+    arrays |= {name: x[:7] for name, x in arrays.items() if name.startswith("fc")}
+    save_file(arrays, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="of 7 classes, and data set digits has 10: convert with"):
+        command("digits_relu", "--init-from", tmp_path / "net.safetensors", *OPTIONS,
+                "--quantize", 2, "--out", tmp_path / "snn")  # fmt: skip
+
+
 def test_a_trained_network_is_quantized_and_a_quantized_one_is_not(runs, tmp_path):
     source = runs / "digits_relu" / "checkpoint"
     command(source, "--quantize", 4, "--out", tmp_path / "snn")

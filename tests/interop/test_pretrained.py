@@ -293,3 +293,10 @@ def test_the_published_resnet20_classifies_cifar10():
     logits = jax.jit(model.apply)(variables, (images - mean) / std)
     labels = np.array([example["label"] for example in examples])
     assert abs((logits.argmax(-1) == labels).sum() - 452) <= 1
+
+
+def test_a_file_of_another_network_is_told_by_its_names_before_its_flattened_map():
+    arrays = {"features.0.weight": zeros({"x": (4, 3, 3, 3)})["x"],
+              "classifier.0.weight": zeros({"x": (6, 4 * 49)})["x"]}  # fmt: skip
+    with pytest.raises(ValueError, match=r"missing: bn1\.bias.*; unexpected: classifier\.0\.weig"):
+        from_torch(arrays, template("cifar_resnet20"))

@@ -72,6 +72,35 @@ def test_a_new_head_alone_starts_anew(small, done):
     assert np.abs(head["kernel"] - variables["params"]["fc"]["kernel"]).max() > 0.01
 
 
+def test_a_file_of_max_pools_is_not_read_into_means_in_silence(
+    small, tmp_path, torch_layout, capsys
+):
+    config = replace(small, model="resnet18")
+    run = open_run(config, DEFAULT)
+    variables = first_state(run, None).variables
+    save_file(torch_layout(jax.device_get(variables)), tmp_path / "net.safetensors")
+    for pool, lines in ((None, 1), ("mean", 1), ("max", 0)):
+        read_weights(open_run(replace(config, pool=pool), DEFAULT), tmp_path / "net.safetensors")
+        said = capsys.readouterr().out
+        assert said.count("a mean is in the place of each max-pool; --pool max keeps") == lines
+
+
+def test_a_file_of_another_network_or_of_other_classes_is_refused_in_the_words_of_a_command(
+    small, done, torch_layout, tmp_path
+):
+    workdir, variables = done
+    with pytest.raises(ValueError, match=r"small.safetensors is not of digits_resnet20: .* miss"):
+        read_weights(
+            open_run(replace(small, model="digits_resnet20"), DEFAULT),
+            workdir / "small.safetensors",
+        )
+    arrays = torch_layout(variables)
+    arrays |= {name: np.concatenate([x, x]) for name, x in arrays.items() if name.startswith("fc")}
+    save_file(arrays, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="of 20 classes, and data set digits has 10: --new-head"):
+        read_weights(open_run(small, DEFAULT), tmp_path / "other.safetensors")
+
+
 def test_an_evaluation_measures_the_file_or_the_finished_run(small, done):
     workdir, variables = done
     run = open_run(small, DEFAULT)
