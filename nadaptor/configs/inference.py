@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 from nadaptor import IntegrateAndFire, OffsetSpikes, SignedIntegrateAndFire, Srp, StBif
+from nadaptor._checks import check_count
 from nadaptor._execution.convolution import choose_way
 from nadaptor.neurons import Coding, Neuron
 from nadaptor.simulation import Correction
@@ -88,8 +89,8 @@ def get_inference(
         What to simulate with.
 
     Raises:
-        ValueError: the name is unknown, `num_steps` is not a positive int, there is a correction
-            with sum coding, or `fast_convolution` and `events` are both set.
+        ValueError: the name is unknown, `num_steps` is not a positive int (which the message calls
+            `correction_steps`, as commands do), there is a correction with sum coding, or `fast_convolution` and `events` are both set.
 
     Example:
         >>> get_inference("srp", 4).total_steps(32)
@@ -97,7 +98,8 @@ def get_inference(
     """
     if name not in CORRECTIONS:
         raise ValueError(f"unknown correction {name!r}; there are {', '.join(CORRECTIONS)}")
-    # For what it raises.
+    # For what they raise.
+    check_count(num_steps, "correction_steps")
     choose_way(fast_convolution, events)
     if coding == "sum":
         if name != "none":
