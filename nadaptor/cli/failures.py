@@ -1,6 +1,7 @@
 """What a command says when it fails, and its exit code: one line for everything but a defect."""
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -12,6 +13,8 @@ import jax
 from nadaptor.errors import Interrupted, MissingPackageError, OutOfTimeError, RunError
 
 _PACKAGE = str(Path(__file__).parents[1])
+# A network of a command is one of these, and its lines are not the user's.
+_MODELS = re.escape(os.path.join("nadaptor", "models") + os.sep)
 # Letters of what jax says, which may be pages.
 _SHOWN = 600
 # sysexits.h: a failure that passes, the same command goes on.
@@ -62,7 +65,7 @@ def failure(error: BaseException) -> Failure | None:
         return Failure(f"{_line(error)}; see JAX_PLATFORMS", 2)
     ours = isinstance(error, ValueError) and _is_ours(error)
     if ours or isinstance(error, MissingPackageError):
-        return Failure(_line(error), 2)
+        return Failure(as_options(_line(error)), 2)
     return None
 
 
@@ -92,6 +95,17 @@ def printable(text: str) -> str:
     """
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def as_options(line: str) -> str:
+    """Returns a message with the library's arguments as options, and no line of its own networks.
+
+    Example:
+        >>> as_options("max_pool at /x/nadaptor/models/vgg.py:9 in Vgg: take coding='sum'")
+        'max_pool in Vgg: take --coding sum'
+    """
+    line = re.sub(rf" at \S*{_MODELS}\w+\.py:\d+", "", line)
+    return re.sub(r"\b(nonaffine|coding)='(\w+)'", r"--\1 \2", line)
 
 
 def _line(error: BaseException) -> str:

@@ -1,16 +1,22 @@
 """What a command prints when the machine, the user or the input ends it: one line, and a code."""
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nadaptor import simulate
 from nadaptor.cli.command import run_command
+from nadaptor.cli.failures import failure
 from nadaptor.configs.config import check_config, fields_of, make_config
 from nadaptor.configs.named import get_config
+from nadaptor.models import Lsq, create
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +108,20 @@ def test_a_reader_that_has_seen_enough_is_no_failure():
     assert process.stderr.read() == b""
     assert process.wait() == 141
     process.stderr.close()
+
+
+def test_a_refused_operation_of_a_network_of_ours_is_told_in_options():
+    model = create(
+        "cifar_vgg11", 10, width=1, pool="max", activation=functools.partial(Lsq, levels=2)
+    )
+    x = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    with pytest.raises(ValueError, match="cannot convert to spikes") as caught:
+        jax.eval_shape(lambda v: simulate(model.apply, v, x, num_steps=1).outputs, variables)
+    assert "layers.py" in str(caught.value)
+    code, line = failure(caught.value)[::-1]
+    assert code == 2 and "--nonaffine running_mean" in line and "--coding sum" in line
+    assert ".py" not in line and "coding=" not in line
 
 
 @pytest.mark.parametrize(
