@@ -208,9 +208,11 @@ def read_words(target: Callable[..., T], **options: Any) -> T:
     except SystemExit as end:
         if not end.code or not printed.getvalue():
             raise
-        # The lines of a box.
-        words = re.sub(r"[\u2500-\u257f]+", " ", printed.getvalue()).split()
-        raise ValueError(" ".join(words)) from None
+        # The lines of a box, and what tyro draws of dashes where it draws none.
+        words = re.sub(r"[\u2500-\u257f]+|-{5,}", " ", printed.getvalue()).split()
+        # It has a title, which its first line may say again.
+        line = re.sub(r"^(\w+ \w+) (?=\1)", "", " ".join(words))
+        raise ValueError(line) from None
     finally:
         # Kept back is what tyro prints while it reads, and nothing of the command itself.
         sys.stderr = stderr

@@ -90,7 +90,8 @@ def get_inference(
 
     Raises:
         ValueError: the name is unknown, `num_steps` is not a positive int (which the message calls
-            `correction_steps`, as commands do), there is a correction with sum coding, or `fast_convolution` and `events` are both set.
+            `correction_steps`, as commands do), there is a correction with sum coding, or
+            `fast_convolution` and `events` are both set.
 
     Example:
         >>> get_inference("srp", 4).total_steps(32)

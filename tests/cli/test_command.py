@@ -276,7 +276,7 @@ def test_an_evaluation_says_what_it_measured(call, runs):
 
 @pytest.mark.parametrize("option", ["--epoch-s", "--sead"])
 def test_an_unknown_option_is_one_line_and_exit_code_2(call, option):
-    refused(call("train.py", "digits_na", option, "1"), f"Unrecognized options: {option}")
+    refused(call("train.py", "digits_na", option, "1"), f"train.py: Unrecognized options: {option}")
 
 
 @pytest.mark.parametrize(
@@ -310,6 +310,8 @@ def test_a_checkpoint_of_the_wrong_kind_is_refused(call, runs):
 
 def test_no_time_steps_are_refused(call, runs):
     refused(call("simulate.py", runs / "digits_na/snn", "--num-steps", 0), "not 0")
+    stage = ("--correction", "srp", "--correction-steps", 0)
+    refused(call("simulate.py", runs / "digits_na/snn", *stage), "correction_steps must be a pos")
 
 
 def test_a_flipped_byte_is_refused_and_nothing_written(call, runs, tmp_path):
