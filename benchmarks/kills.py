@@ -251,7 +251,7 @@ def _what_is_wrong(code: int | None, allowed: set[int], log: Path, folder: Path)
     much = code != 0 and len(text.splitlines()) > 12 + text.count("\nlsq_p") * 9
     if "Traceback" in text or much:
         wrong.append(f"printed {len(text.splitlines())} lines: {text[-200:]}")
-    for step in re.findall(r"told to end after (\d+) steps, which are saved", text):
+    for step in re.findall(r"told to end after (\d+) steps?, which (?:are|is) saved", text):
         if not list(folder.rglob(f"snapshots/{step}")):
             wrong.append(f"step {step} is said to be saved")
     return wrong

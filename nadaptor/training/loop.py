@@ -270,14 +270,14 @@ def _begin(run: Run, workdir: Path) -> Snapshot:
 
 
 def _what_is_saved(done: int, on_disk: int | None) -> str:
-    """What is true of a run that was told to end."""
+    """What is true of a run that ends before its last step."""
+    steps, all_of_them = (f"{done} steps", "which are") if done != 1 else ("1 step", "which is")
     if on_disk == done:
-        return f"told to end after {done} steps, which are saved; the same command resumes"
+        return f"after {steps}, {all_of_them} saved; the same command resumes"
     if on_disk is None:
-        return f"told to end after {done} steps, and none is saved; the same command starts again"
+        return f"after {steps}, and none is saved; the same command starts again"
     return (
-        f"told to end after {done} steps; the last that is saved is {on_disk}, from which the same "
-        "command resumes"
+        f"after {steps}; the last that is saved is {on_disk}, from which the same command resumes"
     )
 
 

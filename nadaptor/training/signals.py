@@ -43,11 +43,18 @@ class Told:
                 os.kill(os.getpid(), signal.SIGTERM)
         return self._agreed(call) if self._agreed else self._came
 
-    def error(self, message: str) -> Exception:
-        """Returns what to raise at the end: a signal counts before a time that is over, too."""
+    def error(self, saved: str) -> Exception:
+        """Returns what to raise at the end: a signal counts before a time that is over, too.
+
+        Args:
+            saved: after how many steps, and what is saved.
+        """
         if self._deadline.over() and not self._signalled:
-            return OutOfTimeError(message)
-        return Interrupted(message, self.number)
+            return OutOfTimeError(f"the minutes ran out {saved}")
+        if self._agreed and not self._came:
+            # jax does not say which: to all processes it is a step to end at.
+            return Interrupted(f"this process or another was told to end {saved}", self.number)
+        return Interrupted(f"told to end {saved}", self.number)
 
     def handle(self, number: int, _: Any = None) -> None:
         """Notes a signal, as its handler."""

@@ -12,6 +12,7 @@ from nadaptor.checkpoints.checkpoint import load_checkpoint
 from nadaptor.cli.failures import failure
 from nadaptor.errors import OutOfTimeError
 from nadaptor.training import options, train
+from nadaptor.training.loop import _what_is_saved
 from nadaptor.training.options import Deadline, Options
 from nadaptor.training.signals import Told
 
@@ -65,9 +66,23 @@ def test_a_command_whose_minutes_are_over_ends_with_a_code_of_its_own():
     assert failure(OutOfTimeError("after 3 steps")).code == 75
 
 
+@pytest.mark.parametrize(
+    ("done", "on_disk", "said"),
+    [
+        (1, 1, "after 1 step, which is saved; the same"),
+        (2, 2, "after 2 steps, which are saved; the same"),
+        (1, None, "after 1 step, and none is saved; the same"),
+        (3, 1, "after 3 steps; the last that is saved is 1, from"),
+    ],
+)
+def test_a_run_that_ends_says_of_its_steps_what_is_true(done, on_disk, said):
+    assert _what_is_saved(done, on_disk).startswith(said)
+
+
 def test_a_signal_that_came_first_is_what_a_late_run_says():
     late = SimpleNamespace(over=lambda: True)
-    assert isinstance(Told(deadline=late).error("over"), OutOfTimeError)
+    over = Told(deadline=late).error("after 1 step")
+    assert isinstance(over, OutOfTimeError) and str(over) == "the minutes ran out after 1 step"
     told = Told(deadline=late)
     told.handle(signal.SIGHUP)
     assert told(0) and failure(told.error("told")).code == 128 + signal.SIGHUP

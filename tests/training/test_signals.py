@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nadaptor.errors import ENDING, Interrupted
-from nadaptor.training.signals import told_to_end
+from nadaptor.training.signals import Told, told_to_end
 
 ROOT = Path(__file__).parents[2]
 # A compilation lets no handler of Python run; nor does this.
@@ -37,7 +37,13 @@ def test_each_signal_ends_a_run_at_its_next_step_with_its_own_code(number):
         signal.signal(number, before)
     error = told.error("saved")
     assert isinstance(error, Interrupted)
-    assert (error.number, str(error)) == (number, "saved")
+    assert (error.number, str(error)) == (number, "told to end saved")
+
+
+def test_a_process_of_several_that_hears_of_no_signal_does_not_say_that_it_was_told():
+    error = Told(lambda _: True).error("after 2 steps")
+    assert error.number == signal.SIGTERM
+    assert str(error) == "this process or another was told to end after 2 steps"
 
 
 def test_a_run_under_nohup_outlives_its_terminal():
