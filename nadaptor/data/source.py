@@ -221,7 +221,9 @@ def hold_out(total: int, validation_size: int, split: SplitName) -> np.ndarray:
         raise ValueError(f"split must be one of train, validation, test, not {split!r}")
     if not 0 < validation_size < total:
         raise ValueError(
-            f"validation_size must be between 1 and {total - 1}, not {validation_size}"
+            f"validation_size must be between 1 and {total - 1}, not {validation_size}: there are "
+            f"{total} training images. A named config has the number of its own data set; for "
+            "another one say --validation-size"
         )
     order = permutation(total, 0, 0)
     return order[:validation_size] if split == "validation" else order[validation_size:]
