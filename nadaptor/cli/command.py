@@ -109,6 +109,16 @@ def refuse_idle(given: Mapping[str, object], why: str) -> None:
             raise ValueError(f"{option} does nothing {why}; {remedy}")
 
 
+def check_weights(file: Path | None) -> None:
+    """Checks that the file of --init-from is there, before a data set is read.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if file is not None and not file.is_file():
+        raise ValueError(f"--init-from {file}: there is no such file")
+
+
 def changed(asked: Any, default: Any, fields: Iterable[str]) -> dict[str, Any]:
     """Returns the options that were given another value than the default, for `refuse_idle`.
 

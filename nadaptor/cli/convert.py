@@ -12,13 +12,20 @@ from typing import Annotated
 import tyro
 
 from nadaptor._files import check_place
-from nadaptor.cli.command import changed, program, read_words, refuse_idle, use_every_core
+from nadaptor.cli.command import (
+    changed,
+    check_weights,
+    program,
+    read_words,
+    refuse_idle,
+    use_every_core,
+)
 from nadaptor.configs.config import Config, replace
 from nadaptor.configs.inference import Spikes
 from nadaptor.configs.named import get_config
 from nadaptor.conversion.calibrate import CalibrationOptions, RuleName, convert_calibrated
 from nadaptor.conversion.convert import convert
-from nadaptor.conversion.origin import Weights
+from nadaptor.conversion.origin import Weights, check_free
 from nadaptor.conversion.quantized import QuantizeOptions, convert_quantized
 from nadaptor.data.config import Normalization
 from nadaptor.evaluation.insight import report_conversion
@@ -133,12 +140,15 @@ def convert_command(
             raise ValueError(
                 "--calibrate measures thresholds for rates, and sums count levels; use --quantize P"
             )
+    check_weights(init_from)
     if init_from is None:
         source, out = checkpoint, out or checkpoint.parent / "snn"
+        _check_trained(source, out)
     else:
         given = {k: v for k, v in dataclasses.asdict(changes).items() if v is not None}
         source = Weights(init_from, replace(get_config(str(checkpoint)), **given))
         out = out or Path("runs") / source.config.name / "snn"
+    check_free(out)
     # Each of the three ways has a number of its own by default.
     count = {} if num_images is None else {"num_images": num_images}
     if measured.calibrate:
@@ -158,6 +168,15 @@ def convert_command(
         convert(source, out, **count, data_dir=data_dir, spikes=spikes)
     if report is not None:
         report_conversion(source, out, report, data_dir)
+
+
+def _check_trained(source: Path, out: Path) -> None:
+    """Says of a network that is converted already that it is: to be told to remove it harms."""
+    if out.exists() and source.resolve() == out.resolve():
+        raise ValueError(
+            f"{source} is a spiking network already, which nadaptor simulate reads; what is "
+            "converted is the checkpoint that nadaptor train printed"
+        )
 
 
 def _check_quantized(source: Path | Weights, levels: int | None) -> None:

@@ -7,7 +7,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nadaptor.cli.command import changed, parse_named, program, refuse_idle, spread_over_cores
+from nadaptor.cli.command import (
+    changed,
+    check_weights,
+    parse_named,
+    program,
+    refuse_idle,
+    spread_over_cores,
+)
 from nadaptor.configs.inference import TWO_STAGES
 from nadaptor.studies.named import STUDIES
 from nadaptor.studies.study import FIXED_LEVELS, Study, run_study
@@ -44,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         description=f"{__doc__}\nFor example: {program('study')} digits --seeds 3",
     )
     _refuse_idle(asked, STUDIES[arguments[0]]())
+    check_weights(asked.options.init_from)
     count = spread_over_cores(asked.options.num_devices)
     options = dataclasses.replace(asked.options, num_devices=count)
     cells = run_study(asked.study, asked.workdir, options)

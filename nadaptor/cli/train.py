@@ -4,7 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nadaptor.cli.command import changed, parse_named, program, refuse_idle, spread_over_cores
+from nadaptor.cli.command import (
+    changed,
+    check_weights,
+    parse_named,
+    program,
+    refuse_idle,
+    spread_over_cores,
+)
 from nadaptor.configs.config import Config
 from nadaptor.configs.named import CONFIGS
 from nadaptor.models.config import ACTIVATIONS
@@ -53,6 +60,9 @@ def main(arguments: Sequence[str]) -> None:
         _commands(), "config", arguments, command="train", description=known, more=models
     )
     _refuse_idle(asked, CONFIGS[arguments[0]]())
+    # A dry run has all weights at 1, and reads no file.
+    if not asked.options.dry_run:
+        check_weights(asked.options.init_from)
     # Each of several processes has the devices that it is given.
     if asked.options.coordinator is None:
         count = spread_over_cores(asked.options.num_devices)

@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import runpy
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import PIL.Image
 import pytest
 
 from nadaptor.cli import main as console
@@ -16,6 +18,7 @@ from nadaptor.cli.command import run_command, spread_over_cores
 from nadaptor.cli.main import COMMANDS
 from nadaptor.configs.named import CONFIGS
 from nadaptor.conversion.weights import load_weights
+from nadaptor.data import registry
 from nadaptor.models.registry import MODELS
 from nadaptor.studies import demo
 from nadaptor.studies import study as grid
@@ -306,6 +309,34 @@ def test_a_checkpoint_of_the_wrong_kind_is_refused(call, runs):
     refused(call("simulate.py", runs / "digits_na/checkpoint"), "this needs 'snn'")
     refused(call("convert.py", runs / "digits_relu/checkpoint"), "full-precision network")
     refused(call("convert.py", runs / "digits_na/checkpoint"), "exists already")
+    refused(call("convert.py", runs / "digits_na/snn"), "snn is a spiking network already")
+
+
+def test_a_file_that_is_not_there_is_missed_before_images_are_read(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(registry, "open_source", lambda *_: pytest.fail("images were read"))
+    for words in (
+        ["train.py", "digits_na"],
+        ["train.py", "digits_na", "--evaluate-only"],
+        ["convert.py", "digits_lsq"],
+    ):
+        result = call(*words, "--init-from", tmp_path / "no.pt")
+        refused(result, f"--init-from {tmp_path}/no.pt: there is no such file")
+    (tmp_path / "net.pt").write_text("")
+    sizes = ["--init-from", tmp_path / "net.pt", "--out", tmp_path]
+    refused(call("convert.py", "digits_lsq", *sizes), f"{tmp_path} exists already")
+
+
+def test_a_config_s_validation_images_are_too_many_for_a_small_folder(call, tmp_path):
+    for split, name, number in itertools.product(("train", "val"), "ab", range(3)):
+        (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+        picture = PIL.Image.new("L", (8, 8), number)
+        picture.save(tmp_path / split / name / f"{number}.png")
+    (tmp_path / "net.pt").write_text("")
+    result = call(
+        "convert.py", "imagenet_resnet50", "--init-from", tmp_path / "net.pt",
+        "--dataset", "folder", "--data-dir", tmp_path, "--quantize", 2, "--out", tmp_path / "snn",
+    )  # fmt: skip
+    refused(result, "between 1 and 5, not 10000: there are 6 training", "say --validation-size")
 
 
 def test_no_time_steps_are_refused(call, runs):
