@@ -26,6 +26,35 @@ def write_metrics(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_csv(folder / "metrics.csv", rows)
 
 
+class Pace:
+    """Images a second since the last validation, without the time in which a run compiles.
+
+    Args:
+        batch_size: images of a step.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        """Starts the clock."""
+        self._batch_size = batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts it again, behind a validation."""
+        self._began = self._counted_from = time.perf_counter()
+        self._steps = self._left_out = 0
+
+    def compiled(self, steps: int) -> None:
+        """Leaves out what a first call has taken, and its steps: it returns once it is compiled."""
+        self._counted_from, self._left_out = time.perf_counter(), steps
+
+    def step(self) -> tuple[float, bool]:
+        """Counts a step that is done; the rate, and whether it is without the compilation."""
+        now, self._steps = time.perf_counter(), self._steps + 1
+        if counted := max(0, self._steps - self._left_out):
+            return counted * self._batch_size / (now - self._counted_from), True
+        return self._steps * self._batch_size / (now - self._began), False
+
+
 class Log:
     """The screen and the files of a run under way; silent on all processes but the first.
 
@@ -64,18 +93,34 @@ class Log:
         if self._board:
             self._board.close()
 
-    def step(self, step: int, loss: float, accuracy: float, rate: float, batch: int) -> None:
-        """Shows one step: at once on a terminal, and every half minute as a line elsewhere."""
-        # In seconds, without the validations still to come, which the rate leaves out as well.
-        left = (self._total - step - 1) * batch / rate
-        text = f"loss {loss:.4f}, accuracy {percent(accuracy)}, {rate:.1f} images/s"
+    def compiles(self) -> None:
+        """Says that the step is compiled: on a CPU that of a large network takes minutes."""
+        if not self._silent:
+            self._bar.clear()
+            print(f"{self._label}: compiling the step", file=sys.stderr, flush=True)
+
+    def step(self, step: int, loss: float, accuracy: float, rate: float | None, batch: int) -> None:
+        """Shows one step: at once on a terminal, and every half minute as a line elsewhere.
+
+        Args:
+            step: its number, from 0.
+            loss: of its batch.
+            accuracy: of its batch, a fraction.
+            rate: images a second; None while that is not known.
+            batch: images of a step.
+        """
+        text, left = f"loss {loss:.4f}, accuracy {percent(accuracy)}", ""
+        if rate is not None:
+            text += f", {rate:.1f} images/s"
+            # Without the validations still to come, which the rate leaves out as well.
+            left = f", {(self._total - step - 1) * batch / rate:.0f} s left"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         if self._silent or self._terminal or time.monotonic() - self._shown < LINE_SECONDS:
             return
         self._shown = time.monotonic()
         of = f"{self._label}: step {step + 1} of {self._total}"
-        print(f"{of}, {text}, {left:.0f} s left", file=sys.stderr, flush=True)
+        print(f"{of}, {text}{left}", file=sys.stderr, flush=True)
 
     def epoch(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Writes the rows so far."""

@@ -1,7 +1,6 @@
 """The training loop: full precision first, then quantized from it, each run in its own folder."""
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.parallel import agree, start_processes
 from nadaptor.reports.tables import percent
 from nadaptor.training.feed import open_feed
-from nadaptor.training.logs import Log
+from nadaptor.training.logs import Log, Pace
 from nadaptor.training.monitor import EMPTY, Tally, add_step, epoch_row, restore_tally
 from nadaptor.training.options import DEFAULT, ENDLESS, Deadline, Options
 from nadaptor.training.run import Run, first_state, open_run, read_weights, state_shape
@@ -126,16 +125,18 @@ def fit(
     """
     config, devices = run.config, run.devices
     tally, rows = restore_tally(start.card)
-    # Until the first epoch ends, the rate has the compilation in it.
-    waiting, fetched, rate, started = deque(), 0, 0.0, time.perf_counter()
+    waiting, rate, pace = deque(), 0.0, Pace(config.step.batch_size)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(run, folder, start.step))
         told = stack.enter_context(told_to_end(devices.process_count, deadline))
         feed = stack.enter_context(open_feed(run, start.step))
         state = feed.replicate(start.state)
+        log.compiles()
         for call, span in enumerate(feed.spans):
             state, metrics = feed.advance(state, span)
             waiting.append((span, metrics))
+            if call == 0:
+                pace.compiled(len(span))
             done, ended = span.stop, told(call)
             epoch_ends = done % run.epoch_steps == 0
             # Without snapshot_steps the remainder, by done + 1, is never 0.
@@ -144,9 +145,9 @@ def fit(
             while len(waiting) >= (1 if snapshot else devices.in_flight):
                 for step, loss, accuracy in _fetch(*waiting.popleft()):
                     tally = add_step(tally, step, loss, accuracy, run.images.spec.num_classes)
-                    fetched += 1
-                    rate = fetched * config.step.batch_size / (time.perf_counter() - started)
-                    log.step(step, loss, accuracy, rate, config.step.batch_size)
+                    rate, known = pace.step()
+                    shown = rate if known else None
+                    log.step(step, loss, accuracy, shown, config.step.batch_size)
             if epoch_ends:
                 variables = jax.device_get(state.variables)
                 accuracy = ann_accuracy(run.model, variables, run.validation, devices=devices)
@@ -154,7 +155,7 @@ def fit(
                 log.epoch(rows)
                 # A loss that diverges is counted over the ends of epochs.
                 tally = EMPTY._replace(high_since=tally.high_since)
-                fetched, started = 0, time.perf_counter()
+                pace.restart()
             # While the loss is far above guessing, the last good snapshot stays the newest.
             if snapshot and tally.high_since < 0:
                 snapshots.save(done, state, _progress(tally, rows, start.card.get("parent")))

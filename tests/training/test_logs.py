@@ -8,7 +8,7 @@ import types
 import pytest
 
 from nadaptor.training import logs
-from nadaptor.training.logs import LINE_SECONDS, Log, write_metrics
+from nadaptor.training.logs import LINE_SECONDS, Log, Pace, write_metrics
 
 ROWS = [
     {"step": 2, "loss": 1.5, "accuracy": 0.25, "images_per_second": 8.0},
@@ -59,8 +59,36 @@ def test_without_a_terminal_a_line_is_printed_every_half_minute(tmp_path, clock,
     ]
 
 
+def test_a_rate_leaves_out_the_compilation_and_the_steps_of_the_first_call(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(logs, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    pace, found = Pace(8), []
+    now[0] = 100.0
+    pace.compiled(2)
+    for second in (101.0, 102.0, 103.0, 104.0):
+        now[0] = second
+        found.append(pace.step())
+    # From 100 on, by which time two of the steps may or may not have been done.
+    assert found == [(8 / 101, False), (16 / 102, False), (8 / 3, True), (16 / 4, True)]
+    pace.restart()
+    now[0] = 106.0
+    assert pace.step() == (8 / 2, True)
+
+
+def test_no_time_is_estimated_before_there_is_a_rate(tmp_path, clock, capsys):
+    with opened(tmp_path) as log:
+        log.compiles()
+        clock[0] = LINE_SECONDS
+        log.step(0, 1.0, 0.5, None, 8)
+    assert capsys.readouterr().err.splitlines() == [
+        "run: compiling the step",
+        "run: step 1 of 10, loss 1.0000, accuracy 50.00 %",
+    ]
+
+
 def test_a_process_that_is_not_the_first_says_and_writes_nothing(tmp_path, clock, capsys):
     with opened(tmp_path, silent=True, board=True) as log:
+        log.compiles()
         clock[0] = 2 * LINE_SECONDS
         log.step(0, 1.0, 0.5, 4.0, 8)
         log.epoch(ROWS)
