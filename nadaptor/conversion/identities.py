@@ -7,6 +7,7 @@ by, which a flipped spike changes little and a wrong weight or threshold much.
 """
 
 import functools
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,10 +85,12 @@ def check_conversion(
     for sums.
     """
     continuous, before, one_level = _variants(model, folded)
+    _say("the logits with batch norm and without")
     clipped = _logits(continuous, _rescaled(folded_variables, levels, "threshold"), images)
     unfolded = _logits(before, _rescaled(variables, levels, "threshold"), images)
     quantized = [_logits(model, variables, images), _logits(folded, folded_variables, images)]
     run = functools.partial(_outputs, folded, spikes, folded_variables)
+    _say(f"{SHORT} time steps")
     short, _ = run(images, num_steps=SHORT)
     half = len(images) // 2
     parts = [run(x, num_steps=SHORT)[0] for x in (images[:half], images[half : 2 * half])]
@@ -128,6 +131,7 @@ def _checks_of_rates(
     binary: jax.Array,
 ) -> tuple[jax.Array, Measured]:
     """The outputs of a long run, and what holds of rates alone."""
+    _say(f"{LONG} time steps")
     long, _ = _outputs(folded, spikes, variables, images, num_steps=LONG)
     return long, {
         "T = 1 against the network with one level, relative distance": (
@@ -153,6 +157,7 @@ def _checks_of_sums(
     layers = spiking(folded.apply, variables, images[:1], **spikes._asdict()).layers
     # One step beyond the bound, in which nothing may fire.
     steps = max(SHORT, min(levels + 2 * levels * (len(layers) - 1) + 1, LONGEST))
+    _say(f"{steps} time steps, in which the last neuron falls silent")
     long, settled = _outputs(folded, spikes, variables, images, num_steps=steps)
     return long, {
         f"last step with a spike, of {steps}": (settled, steps - 1),
@@ -161,6 +166,11 @@ def _checks_of_sums(
             FLIPPED,
         ),
     }
+
+
+def _say(what: str) -> None:
+    """Each is compiled first, which on a CPU takes a minute for a large network."""
+    print(f"compiling and running {what}", file=sys.stderr, flush=True)
 
 
 # Cached, for jit to know a module again: Flax compares activation slots by identity.
