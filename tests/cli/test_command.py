@@ -23,8 +23,6 @@ from nadaptor.models.registry import MODELS
 from nadaptor.studies import demo
 from nadaptor.studies import study as grid
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,7 +53,8 @@ def refused(result, *words, code=2):
 
 
 def test_the_three_doors_do_the_whole_job(call, tiny, tmp_path):
-    sizes = ["--model", tiny.network.model, "--epochs", tiny.epochs, "--workdir", tmp_path]
+    sizes = ["--model", tiny.network.model, "--epochs", 2, "--train-size", 320]
+    sizes += ["--workdir", tmp_path]
     code, out, _ = call("train.py", "digits_relu", *sizes)
     assert code == 0
     code, out, _ = call("train.py", "digits_lsq", *sizes)
