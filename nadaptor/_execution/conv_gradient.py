@@ -1,55 +1,36 @@
-"""A convolution whose weight gradient is fast on a CPU, too.
+"""A convolution that is fast on a CPU, and its gradients with it.
 
-XLA computes the gradient of a convolution in its kernel as a convolution with a window as large as
-the image, on a CPU at a tenth of a dot's speed. It is a sum over pixels: for each row of the
-kernel, `dw[i] = sum over n, y, x of patches[n, s*y + i, x]^T g[n, y, x]`, where a patch is the
-kernel's width of pixels side by side. That is a dot with a long contraction, and a few images at a
-time stay in the cache.
+XLA convolves well forward, on a CPU at up to two thirds of its speed, and has no good way for the
+gradient in the kernel, which has a window as large as the image. On a CPU all three are computed by
+a C++ kernel of ours (`conv_kernel.py`) where there is a compiler and the sizes fit, and otherwise
+the gradient in the kernel by dot products (`conv_dots.py`).
 
-The choice is made where a program is lowered: for a CPU the dots, for every other platform the
-operations that JAX itself would have. A derivative in the kernel is therefore an operation of its
-own until then, `kernel_tangent` forward and `kernel_gradient` backward; both are bilinear, so that
-derivatives of every order and mode are right. The convolution itself is `lax`'s, behind
-`jax.custom_jvp`, which `nadaptor.spiking` opens: it knows the function by its name.
+The choice is made where a program is lowered: every other platform has the operations that JAX
+itself would have. Until then each of the three is an operation of its own. They are bilinear, and
+each is the transpose of another, so that derivatives of every order and mode are right. A function
+that is not differentiated keeps `lax`'s convolution, behind `jax.custom_jvp`, which
+`nadaptor.spiking` opens: it knows the function by its name.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
-# Measured with jax 0.10 on AVX2. Patches of so many values stay in the second-level cache with what
-# they are multiplied by; sums over fewer pixels would not be worth adding to the whole.
-TILE_VALUES = 2**15
-TILE_PIXELS = 256
+from nadaptor._execution.conv_dots import kernel_gradient_by_dots
+from nadaptor._execution.conv_kernel import kernel_for
+from nadaptor._execution.conv_plain import (
+    Conv,
+    plain,
+    plain_image_gradient,
+    plain_kernel_gradient,
+)
+
 _FLOATS = (jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16)
-
-
-class _Conv(NamedTuple):
-    """All of a convolution but its operands; hashable."""
-
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]  # of the kernel
-    dims: jax.lax.ConvDimensionNumbers
-    precision: Any
-    kernel: tuple[int, ...]  # its shape
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What `jax.lax.conv_general_dilated` takes beside the operands."""
-        return {
-            "window_strides": self.strides,
-            "padding": self.padding,
-            "rhs_dilation": self.dilation,
-            "dimension_numbers": self.dims,
-            "precision": self.precision,
-        }
 
 
 def conv_general_dilated(
@@ -140,43 +121,28 @@ def conv_general_dilated(
         image = [lhs.shape[i] for i in dims.lhs_spec[2:]]
         padding = jax.lax.padtype_to_pads(image, window, window_strides, padding)
     pairs = tuple((int(before), int(after)) for before, after in padding)
-    conv = _Conv(tuple(window_strides), pairs, dilations[1], dims, precision, rhs.shape)
+    conv = Conv(
+        tuple(window_strides), pairs, dilations[1], dims, precision, lhs.shape, rhs.shape
+    )
     return nadaptor_convolution(conv, lhs, rhs)
 
 
-def _plain(x: jax.Array, w: jax.Array, *, conv: _Conv) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, w, **conv.options)
-
-
-def _plain_gradient(x: jax.Array, g: jax.Array, *, conv: _Conv) -> jax.Array:
-    """The gradient in the kernel as JAX has it."""
-    aval = jax.typeof(x)
-    mesh, varies = aval.sharding.mesh, aval.manual_axis_type
-    # On an explicit mesh the kernel lies whole on each device; in shard_map it varies as x does.
-    whole = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
-    kernel = jax.ShapeDtypeStruct(conv.kernel, x.dtype, sharding=whole, manual_axis_type=varies)
-    return jax.linear_transpose(lambda w: _plain(x, w, conv=conv), kernel)(g)[0]
-
-
-def _input_gradient(x: Any, w: jax.Array, g: jax.Array, conv: _Conv) -> jax.Array:
-    return jax.linear_transpose(lambda x: _plain(x, w, conv=conv), x)(g)[0]
-
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def nadaptor_convolution(conv: _Conv, x: jax.Array, w: jax.Array) -> jax.Array:
+def nadaptor_convolution(conv: Conv, x: jax.Array, w: jax.Array) -> jax.Array:
     """The convolution of `lax`, with a derivative of ours; `_jaxpr/trace.py` knows the name."""
-    return _plain(x, w, conv=conv)
+    return plain(x, w, conv=conv)
 
 
-def _convolve_jvp(conv: _Conv, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> Any:
+def _convolve_jvp(conv: Conv, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> Any:
     (x, w), (dx, dw) = primals, tangents
+    y = _convolution.bind(*_on_same_axes(x, w), conv=conv)
     # Of a fixed input or kernel the tangent is a symbol, and nothing is computed for it.
-    parts = []
-    if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-        parts.append(_plain(dx, w, conv=conv))
-    if not isinstance(dw, jax.custom_derivatives.SymbolicZero):
-        parts.append(_kernel_tangent.bind(*_on_same_axes(x, dw), conv=conv))
-    y = _plain(x, w, conv=conv)
+    parts = [
+        _convolution.bind(*_on_same_axes(a, b), conv=conv)
+        for a, b, tangent in ((dx, w, dx), (x, dw, dw))
+        if not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    ]
     return y, functools.reduce(jnp.add, parts) if parts else jnp.zeros_like(y)
 
 
@@ -194,120 +160,78 @@ def _on_same_axes(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x, w
 
 
-def _kernel_gradient_on_cpu(x: jax.Array, g: jax.Array, *, conv: _Conv) -> jax.Array:
-    """The gradient in the kernel as dots, whatever the layout."""
-    dims = conv.dims
-    # Specs list batch, feature, rows, columns; that of the kernel outputs, inputs, rows, columns.
-    to_nhwc = [[spec[i] for i in (0, 2, 3, 1)] for spec in (dims.lhs_spec, dims.out_spec)]
-    x, g = (a.transpose(order) for a, order in zip((x, g), to_nhwc, strict=True))
-    dw = _in_tiles(x, g, conv)
-    order = [dims.rhs_spec[i] for i in (2, 3, 1, 0)]
-    return dw.transpose([order.index(i) for i in range(4)]).astype(x.dtype)
+def _bilinear(name: str, function: Any, on_cpu: Any) -> Primitive:
+    """An operation of two arrays that is typed, batched and lowered as `function` is.
 
-
-def _in_tiles(x: jax.Array, g: jax.Array, conv: _Conv) -> jax.Array:
-    """Sums over tiles of the batch: x [N, H, W, C] and g [N, Y, X, K] give [I, J, C, K]."""
-    number, tile = len(x), _tile(x.shape, g.shape, conv)
-    if number <= tile:
-        return _dots(x, g, conv)
-
-    def add(dw: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
-        # Slices by index: of arrays that a loop runs over, their first part would be a copy.
-        some_x, some_g = (jax.lax.dynamic_slice_in_dim(a, first, tile) for a in (x, g))
-        return dw + _dots(some_x, some_g, conv), None
-
-    # The rest goes first, so that the loop has whole tiles only.
-    first = number % tile or tile
-    start = _dots(x[:first], g[:first], conv)
-    return jax.lax.scan(add, start, jnp.arange(first, number, tile))[0]
-
-
-def _tile(images: tuple[int, ...], gradients: tuple[int, ...], conv: _Conv) -> int:
-    """How many images to take at a time; a divisor of their number where one is near."""
-    number, height, width, channels = images
-    columns = conv.kernel[conv.dims.rhs_spec[3]]
-    fit = TILE_VALUES // max(1, height * width * channels * columns)
-    # So many images that a dot adds up TILE_PIXELS, though they may leave the cache.
-    enough = -(-TILE_PIXELS // max(1, gradients[1] * gradients[2]))
-    tile = max(1, min(number, max(fit, enough)))
-    divisor = max(n for n in range(1, tile + 1) if number % n == 0)
-    return divisor if 2 * divisor >= tile else tile
-
-
-def _dots(x: jax.Array, g: jax.Array, conv: _Conv) -> jax.Array:
-    """One tile: a dot for each row of the kernel, with its columns side by side."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    x, g = x.astype(wide), g.astype(wide)
-    rows, columns = (conv.kernel[i] for i in conv.dims.rhs_spec[2:])
-    (down, right), (step_down, step_right) = conv.strides, conv.dilation
-    channels, (_, high, broad, outputs) = x.shape[-1], g.shape
-    # An edge may be negative: padding crops.
-    edges = [(0, 0, 0), *((*edge, 0) for edge in conv.padding), (0, 0, 0)]
-    x = jax.lax.pad(x, jnp.zeros((), wide), edges)
-    reach = right * (broad - 1) + 1
-    # Patches [N, H, X, J * C]: the pixels under the columns of the kernel side by side.
-    shifts = [x[:, :, j * step_right : j * step_right + reach : right] for j in range(columns)]
-    patches = jnp.concatenate(shifts, -1)
-    below = down * (high - 1) + 1
-    g = g.reshape(-1, outputs)
-    products = [
-        jnp.matmul(
-            patches[:, i * step_down : i * step_down + below : down]
-            .reshape(-1, columns * channels)
-            .T,
-            g,
-            precision=conv.precision,
-        )
-        for i in range(rows)
-    ]
-    return jnp.stack(products).reshape(rows, columns, channels, outputs)
-
-
-def _bilinear(name: str, function: Any) -> Primitive:
-    """An operation of two arrays that is lowered, batched and typed as `function` is."""
+    On a CPU it is lowered as the kernel of its name, or else as `on_cpu`.
+    """
     operation = Primitive(name)
 
     @functools.lru_cache(maxsize=None)
-    def compiled(conv: _Conv) -> Any:
+    def compiled(conv: Conv) -> Any:
         return jax.jit(functools.partial(operation.bind, conv=conv))
 
-    def typed(*avals: Any, conv: _Conv) -> Any:
+    def typed(*avals: Any, conv: Conv) -> Any:
         return jax.make_jaxpr(functools.partial(function, conv=conv))(*avals).out_avals[0]
 
-    def batched(args: Any, axes: Any, *, conv: _Conv) -> tuple[jax.Array, int]:
+    def batched(args: Any, axes: Any, *, conv: Conv) -> tuple[jax.Array, int]:
         return jax.vmap(functools.partial(function, conv=conv), in_axes=tuple(axes))(*args), 0
+
+    def lower_on_cpu(ctx: Any, *operands: Any, conv: Conv) -> Any:
+        chosen = _on_cpu(ctx, name, conv, function, on_cpu)
+        return mlir.lower_fun(chosen, multiple_results=False)(ctx, *operands, conv=conv)
 
     # Outside of jit, too: only a program that is lowered knows its platform.
     operation.def_impl(lambda *args, conv: compiled(conv)(*args))
     operation.def_abstract_eval(typed)
     batching.primitive_batchers[operation] = batched
     mlir.register_lowering(operation, mlir.lower_fun(function, multiple_results=False))
+    mlir.register_lowering(operation, lower_on_cpu, platform="cpu")
     return operation
 
 
-_kernel_tangent = _bilinear("kernel_tangent", _plain)
-_kernel_gradient = _bilinear("kernel_gradient", _plain_gradient)
-# Each is the other's transpose in its second operand, and so every derivative is one of the two
-# or a convolution of `lax`.
+def _on_cpu(ctx: Any, name: str, conv: Conv, function: Any, otherwise: Any) -> Any:
+    """Chooses how a program for a CPU computes an operation."""
+    module = ctx.module_context
+    # Of a program that each device has for itself, in `pmap` and `shard_map`, there is no number.
+    devices = getattr(module.axis_context, "num_devices", None)
+    # In an export sizes may be symbols.
+    fixed = all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape)
+    # Where the compiler partitions the program, it would gather the batch for a loop or a call.
+    if not fixed or (devices or 1) > 1:
+        return function
+    # An export outlives this process, and the kernel is of this machine.
+    exported = getattr(module.lowering_parameters, "for_export", False)
+    kernel = None if exported else kernel_for(name, conv, ctx.avals_in)
+    return otherwise if kernel is None else functools.partial(kernel, alone=devices is None)
+
+
+_convolution = _bilinear("convolution", plain, plain)
+_image_gradient = _bilinear("image_gradient", plain_image_gradient, plain_image_gradient)
+_kernel_gradient = _bilinear("kernel_gradient", plain_kernel_gradient, kernel_gradient_by_dots)
+
+
+def _gradient_in(x: Any, w: jax.Array, g: jax.Array, conv: Conv) -> jax.Array:
+    """The gradient in an image of the type of x."""
+    if x.sharding.mesh.empty:
+        return _image_gradient.bind(g, w, conv=conv)
+    # On an explicit mesh it lies as the image does.
+    return jax.linear_transpose(lambda x: plain(x, w, conv=conv), x)(g)[0]
+
+
+# Each of the three is a transpose of the two others, in its first operand and in its second.
 ad.defbilinear(
-    _kernel_tangent,
-    lambda g, x, w, conv: _input_gradient(x.aval, w, g, conv),
+    _convolution,
+    lambda g, x, w, conv: _gradient_in(x.aval, w, g, conv),
     lambda g, x, w, conv: _kernel_gradient.bind(x, g, conv=conv),
 )
 ad.defbilinear(
-    _kernel_gradient,
-    lambda dw, x, g, conv: _input_gradient(x.aval, dw, g, conv),
-    lambda dw, x, g, conv: _kernel_tangent.bind(x, dw, conv=conv),
+    _image_gradient,
+    lambda dx, g, w, conv: _convolution.bind(dx, w, conv=conv),
+    lambda dx, g, w, conv: _kernel_gradient.bind(dx, g, conv=conv),
 )
-
-
-def _lower_on_cpu(ctx: Any, *operands: Any, conv: _Conv) -> Any:
-    # Where the compiler partitions the program, a loop over the batch would gather it.
-    partitioned = (getattr(ctx.module_context.axis_context, "num_devices", 1) or 1) > 1
-    # In an export sizes may be symbols.
-    fixed = all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape)
-    function = _kernel_gradient_on_cpu if fixed and not partitioned else _plain_gradient
-    return mlir.lower_fun(function, multiple_results=False)(ctx, *operands, conv=conv)
-
-
-mlir.register_lowering(_kernel_gradient, _lower_on_cpu, platform="cpu")
+ad.defbilinear(
+    _kernel_gradient,
+    lambda dw, x, g, conv: _gradient_in(x.aval, dw, g, conv),
+    lambda dw, x, g, conv: _convolution.bind(x, dw, conv=conv),
+)

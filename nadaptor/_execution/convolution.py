@@ -59,7 +59,7 @@ def no_events(backend: str) -> str:
     if backend != "cpu":
         return f"its kernel is for a CPU, and the default device is a {backend}"
     # 455 and 4096 inputs are MOST_WEIGHTS, over 32 outputs and 9 positions or 1.
-    return load_kernel().reason or (
+    return load_kernel("events").reason or (
         "no convolution of spikes is 3x3 or 1x1, in float32, of one group and undilated, from "
         "8 to 455 channels (1x1: 4096) into 16 or more"
     )
@@ -88,7 +88,7 @@ def faster_convolution(
         way == "events"
         and backend == "cpu"
         and is_fit(image, kernel, dims)
-        and load_kernel().target is not None
+        and load_kernel("events").targets is not None
     ):
         body = functools.partial(convolve_events, strides=strides)
     # All that follows is for 3x3 filters at stride 1.

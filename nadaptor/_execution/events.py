@@ -104,13 +104,13 @@ def _plain(x: jax.Array, w: jax.Array, blocks: Any, most: Any, *, conv: _Conv) -
 def _by_kernel(
     x: jax.Array, w: jax.Array, blocks: jax.Array, most: jax.Array, *, conv: _Conv
 ) -> jax.Array:
-    target = load_kernel().target
-    assert target is not None
+    targets = load_kernel("events").targets
+    assert targets is not None
     out = jax.eval_shape(lambda x, w: _dense(x, w, conv), x, w)
     (top, _), (left, _) = conv.padding
     sizes = {"columns": w.shape[1], "down": conv.strides[0], "right": conv.strides[1]}
     attributes = {name: np.int64(n) for name, n in {**sizes, "top": top, "left": left}.items()}
-    return jax.ffi.ffi_call(target, jax.ShapeDtypeStruct(out.shape, out.dtype))(
+    return jax.ffi.ffi_call(targets["NadaptorEvents"], jax.ShapeDtypeStruct(out.shape, out.dtype))(
         x, blocks, most, **attributes
     )
 
@@ -145,7 +145,7 @@ def _jvp(primals: Any, tangents: Any, *, conv: _Conv) -> tuple[jax.Array, Any]:
 def _lower_on_cpu(ctx: Any, *operands: Any, conv: _Conv) -> Any:
     # Where the compiler partitions the program, it would gather the operands of a call.
     partitioned = (getattr(ctx.module_context.axis_context, "num_devices", 1) or 1) > 1
-    function = _plain if partitioned or load_kernel().target is None else _by_kernel
+    function = _plain if partitioned or load_kernel("events").targets is None else _by_kernel
     return mlir.lower_fun(function, multiple_results=False)(ctx, *operands, conv=conv)
 
 

@@ -1,4 +1,4 @@
-"""The C++ kernel of this package, compiled at its first use and kept in the user's cache folder.
+"""The C++ kernels of this package, compiled at their first use and kept in the user's cache folder.
 
 A library is named by the digest of its content, in a folder named by all that it was made from: a
 damaged one is known by its name and made anew, another jax or processor has a folder of its own,
@@ -14,47 +14,58 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import jax
 import jaxlib
 
-SOURCE = Path(__file__).with_name("events.cc")
+# Each is a source file of this folder, and what it defines for jax.
+Name = Literal["events", "convolve"]
+_SYMBOLS: Mapping[Name, tuple[str, ...]] = MappingProxyType(
+    {
+        "events": ("NadaptorEvents",),
+        "convolve": ("NadaptorConvolve", "NadaptorImageGradient", "NadaptorKernelGradient"),
+    }
+)
 _COMPILERS = ("c++", "g++", "clang++")
 # `-march=native` is why the key names the processor.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
-_SYMBOL, _SECONDS = "NadaptorEvents", 300
+_SECONDS = 300
 
 
 class Kernel(NamedTuple):
-    """A target for `jax.ffi.ffi_call`, or why there is none."""
+    """Targets for `jax.ffi.ffi_call` by their symbols, or why there are none."""
 
-    target: str | None
+    targets: Mapping[str, str] | None
     reason: str = ""
 
 
-@functools.lru_cache(maxsize=1)
-def load_kernel() -> Kernel:
-    """Compiles the kernel if need be, and registers it with jax; once a process.
+@functools.lru_cache
+def load_kernel(name: Name) -> Kernel:
+    """Compiles a kernel if need be, and registers it with jax; once a process.
 
     Returns:
-        The kernel; without a compiler, or where it fails, one without a target and with a reason
+        The kernel; without a compiler, or where it fails, one without targets and with a reason
         that continues a sentence.
     """
     compiler = _find_compiler()
     if compiler is None:
         return Kernel(None, "no C++ compiler is there: install one, or name it in CXX")
     try:
-        key = _key(compiler)
-        library = ctypes.CDLL(str(_library(compiler, key)))
-        capsule = jax.ffi.pycapsule(getattr(library, _SYMBOL))
-    # No error of the user's: convolutions stay dense, and a warning says why.
+        key = _key(name, compiler)
+        library = ctypes.CDLL(str(_library(name, compiler, key)))
+        capsules = {symbol: jax.ffi.pycapsule(getattr(library, symbol)) for symbol in _SYMBOLS[name]}
+    # No error of the user's: convolutions stay XLA's, and where events were asked for, a warning
+    # says why.
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         return Kernel(None, f"{compiler} made no kernel: {_last_line(error)}")
-    target = f"nadaptor_events_{key}"
-    jax.ffi.register_ffi_target(target, capsule, platform="cpu")
-    return Kernel(target)
+    targets = {symbol: f"{symbol}_{key}" for symbol in capsules}
+    for symbol, capsule in capsules.items():
+        jax.ffi.register_ffi_target(targets[symbol], capsule, platform="cpu")
+    return Kernel(MappingProxyType(targets))
 
 
 def _find_compiler() -> str | None:
@@ -65,10 +76,15 @@ def _find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def _key(compiler: str) -> str:
+def source_of(name: Name) -> Path:
+    """The file that a kernel is made from."""
+    return Path(__file__).with_name(f"{name}.cc")
+
+
+def _key(name: Name, compiler: str) -> str:
     """Names all that a library depends on; a compiler may be replaced under its name."""
     version = _run([compiler, "--version"])
-    made_from = (SOURCE.read_text(), _FLAGS, jax.__version__, jaxlib.__version__, version)
+    made_from = (source_of(name).read_text(), _FLAGS, jax.__version__, jaxlib.__version__, version)
     return _digest(repr((*made_from, sys.platform, platform.machine(), _processor())).encode())[:16]
 
 
@@ -82,19 +98,19 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(names)}))
 
 
-def _library(compiler: str, key: str) -> Path:
+def _library(name: Name, compiler: str, key: str) -> Path:
     """The compiled library, from the cache or made now."""
-    folder = cache_folder() / f"events-{key}"
+    folder = cache_folder() / f"{name}-{key}"
     try:
         for path in folder.glob("*.so"):
             if _digest(path.read_bytes()) == path.stem:
                 return path
             path.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        return _compile(compiler, folder)
+        return _compile(name, compiler, folder)
     except OSError:
         # The cache cannot be written. This one is in use for as long as the process lives.
-        return _compile(compiler, Path(tempfile.mkdtemp(prefix="nadaptor-")))
+        return _compile(name, compiler, Path(tempfile.mkdtemp(prefix="nadaptor-")))
 
 
 def cache_folder() -> Path:
@@ -103,12 +119,12 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "nadaptor"
 
 
-def _compile(compiler: str, folder: Path) -> Path:
+def _compile(name: Name, compiler: str, folder: Path) -> Path:
     # In the folder itself: within one file system a rename puts the whole file in place, or none.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / "events.so"
+        made = Path(scratch) / f"{name}.so"
         include = ("-I", jax.ffi.include_dir())
-        _run([compiler, *_FLAGS, *include, str(SOURCE), "-o", str(made)])
+        _run([compiler, *_FLAGS, *include, str(source_of(name)), "-o", str(made)])
         path = folder / f"{_digest(made.read_bytes())}.so"
         made.replace(path)
     return path

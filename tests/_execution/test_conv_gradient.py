@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import nadaptor
-from nadaptor._execution import conv_gradient
+from nadaptor._execution import conv_dots
 from nadaptor._jaxpr.trace import trace
 from nadaptor.models import ResNet
 
@@ -49,8 +49,8 @@ def _assert_equal(ours, theirs):
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of two images of 8x9 pixels, so that five are two tiles and a rest."""
-    monkeypatch.setattr(conv_gradient, "TILE_VALUES", 2 * 8 * 9 * 3 * 3)
-    monkeypatch.setattr(conv_gradient, "TILE_PIXELS", 1)
+    monkeypatch.setattr(conv_dots, "TILE_VALUES", 2 * 8 * 9 * 3 * 3)
+    monkeypatch.setattr(conv_dots, "TILE_PIXELS", 1)
 
 
 @pytest.mark.parametrize(

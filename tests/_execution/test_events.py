@@ -21,7 +21,7 @@ from nadaptor.configs.inference import get_inference
 from nadaptor.early_exit import simulate_with_early_exit
 
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
-pytestmark = pytest.mark.skipif(load_kernel().target is None, reason=load_kernel().reason)
+pytestmark = pytest.mark.skipif(load_kernel("events").targets is None, reason=load_kernel("events").reason)
 PADDINGS = st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2)
 
 
@@ -208,7 +208,7 @@ def test_channels_are_enough_for_a_vector_and_few_enough_for_the_cache(inputs, f
 def test_without_a_kernel_the_network_is_dense_and_says_so(reason, monkeypatch):
     for module in ("events", "convolution"):
         name = f"nadaptor._execution.{module}.load_kernel"
-        monkeypatch.setattr(name, lambda: Kernel(None, reason))
+        monkeypatch.setattr(name, lambda _: Kernel(None, reason))
     f, kernels, x = two_layers()
     said = re.escape(f"events=True changes nothing: {reason}")
     with pytest.warns(UserWarning, match=f"^{said}$"):
@@ -232,9 +232,9 @@ SCRIPT = """
 import jax.numpy as jnp
 from nadaptor._execution.events import convolve_events
 from nadaptor._execution.kernel import load_kernel
-found = load_kernel()
+found = load_kernel("events")
 print(found.reason or "made")
-if found.target:
+if found.targets:
     x, w = jnp.ones((1, 3, 3, 8)), jnp.ones((3, 3, 8, 16))
     print(convolve_events(x, w, [(1, 1)] * 2, (1, 1)).sum())
 """
