@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUILD = "from setuptools import build_meta; print(build_meta.build_{}('dist'))"
 # Not for users of a release: what the forge and the checks of a change read.
-KERNELS = {f"nadaptor/_execution/{name}.cc" for name in ("events", "convolve")}
+KERNELS = {f"nadaptor/_execution/{name}" for name in ("events.cc", "convolve.cc", "convolve.h")}
 LEFT_OUT = (".ci/", ".github/", ".gitignore")
 
 

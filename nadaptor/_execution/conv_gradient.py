@@ -47,13 +47,17 @@ def conv_general_dilated(
     preferred_element_type: Any = None,
     **kwargs: Any,
 ) -> jax.Array:
-    """Convolves as `jax.lax.conv_general_dilated`, with a fast weight gradient on a CPU.
+    """Convolves as `jax.lax.conv_general_dilated`, with fast gradients on a CPU.
 
-    The gradient is that of `jax.lax`, its sums in another order and in float32 where the operands
-    are of half precision. Programs for other platforms hold the operations that they hold with
-    `jax.lax`, and so does, on every platform, whatever is not a convolution of two spatial
-    dimensions and one group with an undilated input, and a gradient under `vmap` or partitioned by
-    the compiler among several devices (`pmap` and `shard_map` leave each device its own).
+    A function that is differentiated runs on a CPU in a C++ kernel, forward and backward, which is
+    made with the system's compiler at its first use: in float32, NHWC and HWIO, undilated, from or
+    into multiples of 16 channels. What does not fit, or without a compiler, has the gradient in the
+    kernel by dot products, in float32 where the operands are of half precision. The numbers are
+    those of `jax.lax`, their sums in another order. Programs for other platforms hold the
+    operations that they hold with `jax.lax`, and so does, on every platform, whatever is not a
+    convolution of two spatial dimensions and one group with an undilated input, what is exported,
+    and a gradient that the compiler partitions among several devices (`pmap` and `shard_map` leave
+    each device its own) or for which `vmap` maps over kernels.
 
     Args:
         lhs: input, of rank 4 for the fast gradient.
@@ -121,11 +125,8 @@ def conv_general_dilated(
         image = [lhs.shape[i] for i in dims.lhs_spec[2:]]
         padding = jax.lax.padtype_to_pads(image, window, window_strides, padding)
     pairs = tuple((int(before), int(after)) for before, after in padding)
-    conv = Conv(
-        tuple(window_strides), pairs, dilations[1], dims, precision, lhs.shape, rhs.shape
-    )
+    conv = Conv(tuple(window_strides), pairs, dilations[1], dims, precision, lhs.shape, rhs.shape)
     return nadaptor_convolution(conv, lhs, rhs)
-
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -175,7 +176,14 @@ def _bilinear(name: str, function: Any, on_cpu: Any) -> Primitive:
         return jax.make_jaxpr(functools.partial(function, conv=conv))(*avals).out_avals[0]
 
     def batched(args: Any, axes: Any, *, conv: Conv) -> tuple[jax.Array, int]:
-        return jax.vmap(functools.partial(function, conv=conv), in_axes=tuple(axes))(*args), 0
+        a, b = args
+        if name == "kernel_gradient" or axes[1] is not None or conv.dims.lhs_spec[0] != 0:
+            return jax.vmap(functools.partial(function, conv=conv), in_axes=tuple(axes))(a, b), 0
+        # With one kernel for all, what is mapped is more images.
+        a = jnp.moveaxis(a, axes[0], 0)
+        image = (a.shape[0] * conv.image[0], *conv.image[1:])
+        y = operation.bind(a.reshape(-1, *a.shape[2:]), b, conv=conv._replace(image=image))
+        return y.reshape(*a.shape[:2], *y.shape[1:]), 0
 
     def lower_on_cpu(ctx: Any, *operands: Any, conv: Conv) -> Any:
         chosen = _on_cpu(ctx, name, conv, function, on_cpu)
@@ -206,17 +214,26 @@ def _on_cpu(ctx: Any, name: str, conv: Conv, function: Any, otherwise: Any) -> A
     return otherwise if kernel is None else functools.partial(kernel, alone=devices is None)
 
 
-_convolution = _bilinear("convolution", plain, plain)
+_convolution = _bilinear("fast_convolution", plain, plain)
 _image_gradient = _bilinear("image_gradient", plain_image_gradient, plain_image_gradient)
 _kernel_gradient = _bilinear("kernel_gradient", plain_kernel_gradient, kernel_gradient_by_dots)
 
 
 def _gradient_in(x: Any, w: jax.Array, g: jax.Array, conv: Conv) -> jax.Array:
     """The gradient in an image of the type of x."""
-    if x.sharding.mesh.empty:
+    if not x.sharding.mesh.explicit_axes:
         return _image_gradient.bind(g, w, conv=conv)
     # On an explicit mesh it lies as the image does.
     return jax.linear_transpose(lambda x: plain(x, w, conv=conv), x)(g)[0]
+
+
+def convolve_nhwc(
+    x: jax.Array, w: jax.Array, padding: Sequence[tuple[int, int]], strides: Sequence[int]
+) -> jax.Array:
+    """Convolves x [N, H, W, C] with w [I, J, C, D], on a CPU by the kernel where it fits."""
+    dims = jax.lax.conv_dimension_numbers(x.shape, w.shape, ("NHWC", "HWIO", "NHWC"))
+    conv = Conv(tuple(strides), tuple(padding), (1, 1), dims, None, x.shape, w.shape)
+    return _convolution.bind(x, w, conv=conv)
 
 
 # Each of the three is a transpose of the two others, in its first operand and in its second.

@@ -48,7 +48,7 @@ def _call(
 # By the names of the operations that they compute, with what has to come in blocks: the output or
 # the input channels.
 _WAYS: dict[str, tuple[Callable[..., jax.Array], int]] = {
-    "convolution": (_convolve, 3),
+    "fast_convolution": (_convolve, 3),
     "image_gradient": (_image_gradient, 2),
     "kernel_gradient": (_kernel_gradient, 3),
 }

@@ -36,16 +36,18 @@ def plain(x: jax.Array, w: jax.Array, *, conv: Conv) -> jax.Array:
 
 def plain_image_gradient(g: jax.Array, w: jax.Array, *, conv: Conv) -> jax.Array:
     """What a gradient g of the result is in the image."""
-    varies = jax.typeof(g).manual_axis_type
-    image = jax.ShapeDtypeStruct(conv.image, g.dtype, manual_axis_type=varies)
-    return jax.linear_transpose(lambda x: plain(x, w, conv=conv), image)(g)[0]
+    return jax.linear_transpose(lambda x: plain(x, w, conv=conv), _beside(g, conv.image))(g)[0]
 
 
 def plain_kernel_gradient(x: jax.Array, g: jax.Array, *, conv: Conv) -> jax.Array:
     """What a gradient g of the result is in the kernel."""
-    aval = jax.typeof(x)
+    return jax.linear_transpose(lambda w: plain(x, w, conv=conv), _beside(x, conv.kernel))(g)[0]
+
+
+def _beside(a: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The type of an array of another shape where a is."""
+    aval = jax.typeof(a)
     mesh, varies = aval.sharding.mesh, aval.manual_axis_type
-    # On an explicit mesh the kernel lies whole on each device; in shard_map it varies as x does.
+    # On an explicit mesh it lies whole on each device; in shard_map it varies as a does.
     whole = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
-    kernel = jax.ShapeDtypeStruct(conv.kernel, x.dtype, sharding=whole, manual_axis_type=varies)
-    return jax.linear_transpose(lambda w: plain(x, w, conv=conv), kernel)(g)[0]
+    return jax.ShapeDtypeStruct(shape, a.dtype, sharding=whole, manual_axis_type=varies)

@@ -1,11 +1,12 @@
 """Faster ways to compute a convolution of spikes on a CPU, put in its place.
 
-Into few channels, XLA convolves at less than half its speed: two neighbouring columns of outputs
-are computed as one with twice the channels, the same products and some with 0 more. Of a small
-image, much of what it multiplies is the zeros around: each position of the filter takes a product
-of its own, with the pixels it meets. Between many channels, Winograd's algorithm takes a quarter or
-half of the products, and is less exact: it is left to the user, as is the kernel of `events`. What
-depends on the filter alone is static, and so is made once by `prepare`.
+A kernel of ours (`conv_kernel.py`) convolves faster than XLA, where there is a compiler for it. Of
+a small image, much of what is multiplied is the zeros around: each position of the filter takes a
+product of its own, with the pixels it meets. Into few channels, XLA convolves at less than half its
+speed: without the kernel, two neighbouring columns of outputs are computed as one with twice the
+channels, the same products and some with 0 more. Between many channels, Winograd's algorithm takes
+a quarter or half of the products, and is less exact: it is left to the user, as is the kernel of
+`events`. What depends on the filter alone is static, and so is made once by `prepare`.
 """
 
 import functools
@@ -17,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from nadaptor._execution.conv_gradient import convolve_nhwc
+from nadaptor._execution.conv_kernel import BLOCK
 from nadaptor._execution.events import convolve_events, is_fit
 from nadaptor._execution.kernel import load_kernel
 from nadaptor._execution.winograd import (
@@ -84,6 +87,7 @@ def faster_convolution(
     strides = eqn.params["window_strides"]
     outputs, inputs, *window = (kernel.shape[i] for i in dims.rhs_spec)
     height, width = (eqn.outvars[0].aval.shape[i] for i in dims.out_spec[2:])
+    plain_3x3 = (window, strides) == ([3, 3], (1, 1))
     if (
         way == "events"
         and backend == "cpu"
@@ -91,29 +95,26 @@ def faster_convolution(
         and load_kernel("events").targets is not None
     ):
         body = functools.partial(convolve_events, strides=strides)
-    # All that follows is for 3x3 filters at stride 1.
-    elif window != [3, 3] or strides != (1, 1):
-        return None
     elif (
         way == "winograd"
+        and plain_3x3
         and min(inputs, outputs) >= LEAST_WINOGRAD
         and min(height, width) >= LEAST_WINOGRAD_SIZE
     ):
         both = min(inputs, outputs) >= LEAST_WINOGRAD_BOTH
         body = _by_winograd if both else _by_winograd_rows
+    elif backend != "cpu":
+        return None
     elif (
-        backend == "cpu"
-        and outputs <= MOST_NARROW
-        and inputs >= LEAST_NARROW_INPUTS
-        and width % 2 == 0
-    ):
-        body = in_pairs
-    elif (
-        backend == "cpu"
+        plain_3x3
         and min(inputs, outputs) >= LEAST_SMALL
         and _share_in_image((height, width), padding) <= MOST_IN_IMAGE
     ):
         body = kn2row
+    elif outputs % BLOCK == 0 and load_kernel("convolve").targets is not None:
+        body = functools.partial(convolve_nhwc, strides=strides)
+    elif plain_3x3 and outputs <= MOST_NARROW and inputs >= LEAST_NARROW_INPUTS and width % 2 == 0:
+        body = in_pairs
     else:
         return None
     return jax.make_jaxpr(functools.partial(_as_nhwc, body, dims, padding))(image, kernel)

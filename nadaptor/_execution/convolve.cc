@@ -5,20 +5,13 @@
 // I runs of J * C floats and no sum asks where an image ends. Each sum has one order, whatever the
 // batch and the threads.
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <mutex>
-#include <vector>
+#include "convolve.h"
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include <type_traits>
 
 namespace {
+
+using namespace nadaptor;
 
 // A vector of the compiler's own: on a machine of narrower ones it is several.
 constexpr int64_t kLanes = 8, kBlock = 2 * kLanes;
@@ -32,88 +25,27 @@ constexpr int64_t kChunk = 128;
 
 using Buffer = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
-using Room = std::vector<float>;
-
-// Images and how they are copied, with a border of zeros; a negative one crops.
-struct Image {
-  int64_t height, width, channels, top, left, high, wide;  // the last two with the border
-  int64_t size() const { return height * width * channels; }
-  int64_t padded() const { return high * wide * channels; }
-  bool bordered() const { return top || left || high != height || wide != width; }
-};
-
-void pad(const Image& s, const float* x, float* to) {
-  const int64_t first = std::max<int64_t>(0, -s.left);
-  const int64_t kept = std::min(s.width, s.wide - s.left) - first;
-  for (int64_t y = 0; y < s.high; y++, to += s.wide * s.channels) {
-    const int64_t from = y - s.top;
-    std::memset(to, 0, sizeof(float) * s.wide * s.channels);
-    if (from >= 0 && from < s.height && kept > 0)
-      std::memcpy(to + (s.left + first) * s.channels, x + (from * s.width + first) * s.channels,
-                  sizeof(float) * kept * s.channels);
-  }
-}
-
-// Copies `number` images, or gives them as they are.
-const float* pad_all(const Image& s, const float* x, int64_t number, Room& room) {
-  if (!s.bordered()) return x;
-  if ((int64_t)room.size() < number * s.padded()) room.resize(number * s.padded());
-  for (int64_t n = 0; n < number; n++) pad(s, x + n * s.size(), room.data() + n * s.padded());
-  return room.data();
-}
-
-// Runs `work(0..tasks-1)`, on several threads where `pool` has them. The caller takes tasks, too, and
-// waits for those alone that others have begun: a busy pool delays nothing.
-template <typename Work>
-void spread(ffi::ThreadPool& pool, bool alone, int64_t tasks, const Work& work) {
-  const int64_t threads = alone ? 1 : std::min(pool.num_threads(), tasks);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < tasks; i++) work(i);
-    return;
-  }
-  struct State {
-    std::atomic<int64_t> next{0};
-    std::mutex mutex;
-    std::condition_variable changed;
-    int64_t done = 0;
-  };
-  const auto state = std::make_shared<State>();
-  auto take = [state, tasks, &work] {
-    // `work` lives until all tasks are done, and is not touched before one is taken.
-    for (int64_t i; (i = state->next++) < tasks;) {
-      work(i);
-      std::lock_guard<std::mutex> lock(state->mutex);
-      if (++state->done == tasks) state->changed.notify_all();
-    }
-  };
-  for (int64_t i = 1; i < threads; i++) pool.Schedule(decltype(take)(take));
-  take();
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->changed.wait(lock, [&] { return state->done == tasks; });
-}
 
 // Where each output of an image finds its patch, and where it lies itself, both in floats.
 struct Places {
   std::vector<int64_t> from, to;
 };
 
-// One block of outputs at P pixels: `rows` runs of `run` floats each.
-template <int P>
-inline __attribute__((always_inline)) void sum_at(const float* x, const int64_t* from, float* out,
-                                                  const int64_t* to, const float* w, int64_t rows,
-                                                  int64_t run, int64_t below) {
-  Floats sums[P][2] = {};
-  const float* at[P];
-  for (int p = 0; p < P; p++) at[p] = x + from[p];
+// One block of outputs at kRows pixels: `rows` runs of `run` floats each.
+inline void sum_at(const float* x, const int64_t* from, float* out, const int64_t* to,
+                   const float* w, int64_t rows, int64_t run, int64_t below) {
+  Floats sums[kRows][2] = {};
+  const float* at[kRows];
+  for (int p = 0; p < kRows; p++) at[p] = x + from[p];
   for (int64_t i = 0; i < rows; i++) {
     for (int64_t r = 0; r < run; r++, w += kBlock)
-      for (int p = 0; p < P; p++) {
+      for (int p = 0; p < kRows; p++) {
         sums[p][0] += at[p][r] * *(const Floats*)w;
         sums[p][1] += at[p][r] * *(const Floats*)(w + kLanes);
       }
-    for (int p = 0; p < P; p++) at[p] += below;
+    for (int p = 0; p < kRows; p++) at[p] += below;
   }
-  for (int p = 0; p < P; p++) {
+  for (int p = 0; p < kRows; p++) {
     *(Floats*)(out + to[p]) = sums[p][0];
     *(Floats*)(out + to[p] + kLanes) = sums[p][1];
   }
@@ -122,18 +54,16 @@ inline __attribute__((always_inline)) void sum_at(const float* x, const int64_t*
 void sum_all(const float* x, const int64_t* from, float* out, const int64_t* to, int64_t pixels,
              const float* w, int64_t rows, int64_t run, int64_t below) {
   int64_t q = 0;
-  for (; q + kRows <= pixels; q += kRows)
-    sum_at<kRows>(x, from + q, out, to + q, w, rows, run, below);
-  const auto rest = [&](auto p) {
-    sum_at<decltype(p)::value>(x, from + q, out, to + q, w, rows, run, below);
-  };
-  switch (pixels - q) {
-    case 5: rest(std::integral_constant<int, 5>()); break;
-    case 4: rest(std::integral_constant<int, 4>()); break;
-    case 3: rest(std::integral_constant<int, 3>()); break;
-    case 2: rest(std::integral_constant<int, 2>()); break;
-    case 1: rest(std::integral_constant<int, 1>()); break;
+  for (; q + kRows <= pixels; q += kRows) sum_at(x, from + q, out, to + q, w, rows, run, below);
+  if (q == pixels) return;
+  // What is left is filled up with the last pixel: another program for fewer would round otherwise,
+  // and an image's sums depend on its place in the batch.
+  int64_t last_from[kRows], last_to[kRows];
+  for (int64_t p = 0; p < kRows; p++) {
+    last_from[p] = from[std::min(q + p, pixels - 1)];
+    last_to[p] = to[std::min(q + p, pixels - 1)];
   }
+  sum_at(x, last_from, out, last_to, w, rows, run, below);
 }
 
 // A convolution at stride 1 in the padded image: the pixels of `places`, all blocks of `w`.
@@ -208,12 +138,13 @@ Conv read(Sizes x, Sizes w, Sizes y, int64_t down, int64_t right, int64_t top, i
   return {x[1], x[2], x[3], y[1], y[2], y[3], w[0], w[1], down, right, top, left};
 }
 
-ffi::Error no_such(const char* what) { return ffi::Error(ffi::ErrorCode::kInvalidArgument, what); }
+// Python asks for nothing else.
+ffi::Error refused() { return ffi::Error(ffi::ErrorCode::kInvalidArgument, "no such kernel"); }
 
 ffi::Error Convolve(ffi::ThreadPool pool, Buffer x, Buffer w, Result y, int64_t down, int64_t right,
                     int64_t top, int64_t left, bool alone) {
   const Conv c = read(x.dimensions(), w.dimensions(), y->dimensions(), down, right, top, left);
-  if (c.outputs % kBlock) return no_such("outputs are not a multiple of 16");
+  if (c.outputs % kBlock) return refused();
   if (y->element_count() == 0) return ffi::Error::Success();
   const int64_t run = c.columns * c.channels, length = c.rows * run;
   std::vector<Sums> parts{{c.padded(), c.patches(), Room(w.element_count()), c.rows, run, c.outputs,
@@ -253,7 +184,7 @@ int64_t outputs_before(int64_t before, int64_t stride, int64_t kernel) {
 ffi::Error ImageGradient(ffi::ThreadPool pool, Buffer g, Buffer w, Result x, int64_t down,
                          int64_t right, int64_t top, int64_t left, bool alone) {
   const Conv c = read(x->dimensions(), w.dimensions(), g.dimensions(), down, right, top, left);
-  if (c.channels % kBlock || top < 0 || left < 0) return no_such("channels or a border");
+  if (c.channels % kBlock || top < 0 || left < 0) return refused();
   if (x->element_count() == 0) return ffi::Error::Success();
   const int64_t above = outputs_before(top, down, c.rows);
   const int64_t before = outputs_before(left, right, c.columns);
@@ -310,6 +241,19 @@ inline __attribute__((always_inline)) void add_at(const float* x, const int64_t*
   }
 }
 
+// Calls with a number that the compiler knows, from 1 to kRows.
+template <typename Call>
+inline void of_size(int64_t size, const Call& call) {
+  switch (size) {
+    case 1: return call(std::integral_constant<int, 1>());
+    case 2: return call(std::integral_constant<int, 2>());
+    case 3: return call(std::integral_constant<int, 3>());
+    case 4: return call(std::integral_constant<int, 4>());
+    case 5: return call(std::integral_constant<int, 5>());
+    case 6: return call(std::integral_constant<int, 6>());
+  }
+}
+
 // R neighbouring weights of one row of the kernel, all blocks of outputs.
 template <int R>
 void add_all(const float* x, const int64_t* from, const float* g, int64_t pixels, float* dw,
@@ -326,7 +270,7 @@ void add_all(const float* x, const int64_t* from, const float* g, int64_t pixels
 ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Result w, int64_t down,
                           int64_t right, int64_t top, int64_t left, bool alone) {
   const Conv c = read(x.dimensions(), w->dimensions(), g.dimensions(), down, right, top, left);
-  if (c.outputs % kBlock) return no_such("outputs are not a multiple of 16");
+  if (c.outputs % kBlock) return refused();
   std::fill_n(w->typed_data(), w->element_count(), 0.0f);
   if (w->element_count() == 0 || g.element_count() == 0) return ffi::Error::Success();
   const Image image = c.padded();
@@ -360,14 +304,9 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Result w, in
           const int64_t i = piece / pieces, r = piece % pieces * kRows;
           const float* at = padded + i * image.wide * c.channels + r;
           float* dw = w->typed_data() + (i * run + r) * c.outputs;
-          switch (std::min(kRows, run - r)) {
-            case 6: add_all<6>(at, &from[q], some, pixels, dw, c.outputs); break;
-            case 5: add_all<5>(at, &from[q], some, pixels, dw, c.outputs); break;
-            case 4: add_all<4>(at, &from[q], some, pixels, dw, c.outputs); break;
-            case 3: add_all<3>(at, &from[q], some, pixels, dw, c.outputs); break;
-            case 2: add_all<2>(at, &from[q], some, pixels, dw, c.outputs); break;
-            case 1: add_all<1>(at, &from[q], some, pixels, dw, c.outputs); break;
-          }
+          of_size(std::min(kRows, run - r), [&](auto size) {
+            add_all<decltype(size)::value>(at, &from[q], some, pixels, dw, c.outputs);
+          });
         }
       }
     }
@@ -377,18 +316,12 @@ ffi::Error KernelGradient(ffi::ThreadPool pool, Buffer x, Buffer g, Result w, in
 
 }  // namespace
 
-#define NADAPTOR_DEFINE(symbol, function)                                      \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function,                              \
-                                ffi::Ffi::Bind()                               \
-                                    .Ctx<ffi::ThreadPool>()                    \
-                                    .Arg<Buffer>()                             \
-                                    .Arg<Buffer>()                             \
-                                    .Ret<Buffer>()                             \
-                                    .Attr<int64_t>("down")                     \
-                                    .Attr<int64_t>("right")                    \
-                                    .Attr<int64_t>("top")                      \
-                                    .Attr<int64_t>("left")                     \
-                                    .Attr<bool>("alone"))
+#define NADAPTOR_DEFINE(symbol, function)                                                   \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function,                                           \
+                                ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>()       \
+                                    .Arg<Buffer>().Ret<Buffer>().Attr<int64_t>("down")      \
+                                    .Attr<int64_t>("right").Attr<int64_t>("top")            \
+                                    .Attr<int64_t>("left").Attr<bool>("alone"))
 
 NADAPTOR_DEFINE(NadaptorConvolve, Convolve);
 NADAPTOR_DEFINE(NadaptorImageGradient, ImageGradient);

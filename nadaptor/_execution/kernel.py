@@ -22,8 +22,11 @@ from typing import Literal, NamedTuple
 import jax
 import jaxlib
 
-# Each is a source file of this folder, and what it defines for jax.
 Name = Literal["events", "convolve"]
+# Of each, its files in this folder, the first to compile, and what it defines for jax.
+_FILES: Mapping[Name, tuple[str, ...]] = MappingProxyType(
+    {"events": ("events.cc",), "convolve": ("convolve.cc", "convolve.h")}
+)
 _SYMBOLS: Mapping[Name, tuple[str, ...]] = MappingProxyType(
     {
         "events": ("NadaptorEvents",),
@@ -57,7 +60,7 @@ def load_kernel(name: Name) -> Kernel:
     try:
         key = _key(name, compiler)
         library = ctypes.CDLL(str(_library(name, compiler, key)))
-        capsules = {symbol: jax.ffi.pycapsule(getattr(library, symbol)) for symbol in _SYMBOLS[name]}
+        capsules = {s: jax.ffi.pycapsule(getattr(library, s)) for s in _SYMBOLS[name]}
     # No error of the user's: convolutions stay XLA's, and where events were asked for, a warning
     # says why.
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
@@ -76,15 +79,16 @@ def _find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def source_of(name: Name) -> Path:
-    """The file that a kernel is made from."""
-    return Path(__file__).with_name(f"{name}.cc")
+def sources_of(name: Name) -> list[Path]:
+    """The files that a kernel is made from, the one to compile first."""
+    return [Path(__file__).with_name(file) for file in _FILES[name]]
 
 
 def _key(name: Name, compiler: str) -> str:
     """Names all that a library depends on; a compiler may be replaced under its name."""
     version = _run([compiler, "--version"])
-    made_from = (source_of(name).read_text(), _FLAGS, jax.__version__, jaxlib.__version__, version)
+    sources = [path.read_text() for path in sources_of(name)]
+    made_from = (sources, _FLAGS, jax.__version__, jaxlib.__version__, version)
     return _digest(repr((*made_from, sys.platform, platform.machine(), _processor())).encode())[:16]
 
 
@@ -124,7 +128,7 @@ def _compile(name: Name, compiler: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / f"{name}.so"
         include = ("-I", jax.ffi.include_dir())
-        _run([compiler, *_FLAGS, *include, str(source_of(name)), "-o", str(made)])
+        _run([compiler, *_FLAGS, *include, str(sources_of(name)[0]), "-o", str(made)])
         path = folder / f"{_digest(made.read_bytes())}.so"
         made.replace(path)
     return path

@@ -28,7 +28,7 @@ _JOINTLY = _words(
     "reduce_scatter stop_gradient fft real imag conj complex"
 )
 # Affine in any one operand while the others are static.
-_PRODUCTS = _words("mul dot_general conv_general_dilated event_convolution")
+_PRODUCTS = _words("mul dot_general conv_general_dilated event_convolution fast_convolution")
 # Affine in the operands at these positions; the others are indices, predicates or divisors.
 _POSITIONS = {
     "div": (0,),

@@ -248,12 +248,11 @@ def test_the_simulators_faster_convolution_takes_its_place():
 
         return f
 
-    x, w = _integers(0, (2, 8, 8, 8)), _integers(1, (3, 3, 8, 8))
+    x, w = _integers(0, (2, 8, 8, 8)), _integers(1, (3, 3, 8, 16))
     ours, theirs = (
         [op.primitive.name for op in nadaptor.spiking(network(convolve), x, w)._plan.stepwise]
         for convolve in (nadaptor.conv_general_dilated, jax.lax.conv_general_dilated)
     )
     assert ours == theirs
-    # In pairs of columns: the result is taken apart by a reshape.
-    assert ours[-2:] != ["mul", "conv_general_dilated"]
-    assert "reshape" in ours
+    # By the kernel; without a compiler in pairs of columns, taken apart by a reshape.
+    assert ("fast_convolution" in ours) or ("reshape" in ours)

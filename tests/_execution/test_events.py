@@ -21,7 +21,8 @@ from nadaptor.configs.inference import get_inference
 from nadaptor.early_exit import simulate_with_early_exit
 
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
-pytestmark = pytest.mark.skipif(load_kernel("events").targets is None, reason=load_kernel("events").reason)
+FOUND = load_kernel("events")
+pytestmark = pytest.mark.skipif(FOUND.targets is None, reason=FOUND.reason)
 PADDINGS = st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2)
 
 
@@ -176,7 +177,7 @@ def test_on_another_platform_the_convolution_is_that_of_lax():
     step = jax.jit(net.step).trace(net.init(net.prepare(kernels, x)), net.prepare(kernels, x))
     for platform, called in (("tpu", False), ("cpu", True)):
         text = step.lower(lowering_platforms=(platform,)).as_text()
-        assert ("nadaptor_events" in text) is called
+        assert ("NadaptorEvents" in text) is called
         assert ("stablehlo.convolution" in text) is not called
 
 
@@ -272,12 +273,12 @@ def test_a_damaged_library_that_cannot_be_removed_is_made_elsewhere(number, tmp_
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(kernel, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(kernel, "_compile", lambda compiler, folder: folder)
+    monkeypatch.setattr(kernel, "_compile", lambda name, compiler, folder: folder)
     (tmp_path / "events-key").mkdir()
     (tmp_path / "events-key" / "damaged.so").touch()
     monkeypatch.setattr(kernel.Path, "unlink", refuse)
     monkeypatch.setattr(kernel.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "other"))
-    assert kernel._library("c++", "key") == tmp_path / "other"
+    assert kernel._library("events", "c++", "key") == tmp_path / "other"
 
 
 @pytest.mark.slow
