@@ -13,8 +13,8 @@ What would go wrong without a word, the derivative of a ReLU or a ReLU in a bran
 """
 
 import collections
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal
@@ -27,6 +27,7 @@ from nadaptor._jaxpr.flat import (
     Path,
     words,
 )
+from nadaptor._jaxpr.found import NOT_SELECTED, Found, Left, Plan, QuantizedLayer
 from nadaptor._jaxpr.patterns import Relu, find_relu, is_max_pool
 from nadaptor._jaxpr.places import layer_name
 from nadaptor._jaxpr.trace import Atom, sub_jaxprs, variables
@@ -53,41 +54,6 @@ _NONLINEAR = words(
     "max min clamp reduce_max reduce_min tanh logistic erf erfc exp exp2 expm1 sin cos abs sort "
     "top_k argmax reduce_window_max reduce_window cummax cond while"
 )
-
-
-class QuantizedLayer(NamedTuple):
-    """A ReLU that becomes a quantizer, or a max-pool that becomes a mean."""
-
-    name: str  # as the layer of `nadaptor.spiking` is called: "ResNet/act1", or "layer0"
-    kind: str  # "relu", "bounded_relu" or "max_pool"
-    shape: tuple[int, ...]
-    source: str  # the user's file and line
-    bound: float | None = None  # where a bounded ReLU ends: 6 for relu6
-    turns: tuple[int, ...] = ()  # lengths of the scans around it: it has a scale for each turn
-
-
-class Left(NamedTuple):
-    """An operation that stays as it is."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    source: str
-    why: str
-
-
-class Plan(NamedTuple):
-    """What to put in the place of an equation; without a layer, its operand alone."""
-
-    layer: QuantizedLayer | None
-    operand: int
-
-
-class Found(NamedTuple):
-    """What to replace, by path and in order, and what is left."""
-
-    plans: dict[Path, Plan]
-    left: tuple[Left, ...]
 
 
 def find(
@@ -120,7 +86,9 @@ class _Finder:
         products = [op for op in flat.ops if op.name in _CONTRACTIONS and self._data(op)]
         self.met = flat.forward(v for op in products for v in op.outputs)
         self.guards = flat.backward(_divisors(flat.ops), lambda op: op.name in _ELEMENTWISE)
+        # Those that `select` rejects are counted, too: a name does not depend on it.
         self.uses: collections.Counter[str] = collections.Counter()
+        self.neurons: list[FlatOp] = []
         self.covered: dict[Path, FlatOp] = {}
         self.plans: dict[Path, Plan] = {}
         self.left: list[tuple[FlatOp, Left]] = []
@@ -141,14 +109,18 @@ class _Finder:
                     _check_no_relu_inside(op, self.pools)
                 others.append(op)
         # Only now that all ReLUs are known: a carry may bring spikes to a pool before them.
-        made = [v for op in self.covered.values() for v in op.outputs]
-        spikes = self.flat.forward(made) if made else set()
+        spikes, unselected = self._behind(self.covered.values()), self._behind(self.neurons)
         for op in pooled:
-            self._add_pool(op, not spikes.isdisjoint(variables(op.inputs)))
+            read = variables(op.inputs)
+            self._add_pool(op, not spikes.isdisjoint(read), not unselected.isdisjoint(read))
         left = [entry for op, entry in self.left if op.path not in self.covered]
         left += [self._other(op) for op in others if self._is_nonlinear(op, spikes)]
         # A function of a library is several operations, and one entry.
         return Found(dict(sorted(self.plans.items())), tuple(dict.fromkeys(left)))
+
+    def _behind(self, ops: Iterable[FlatOp]) -> set[int]:
+        made = [v for op in ops for v in op.outputs]
+        return self.flat.forward(made) if made else set()
 
     def _data(self, op: FlatOp) -> bool:
         return not self.reached.isdisjoint(variables(op.inputs))
@@ -157,11 +129,14 @@ class _Finder:
         kind = "relu" if relu.bound is None else "bounded_relu"
         layer = self._layer(op, kind)._replace(bound=relu.bound)
         operand = relu.operand(op)
-        if why := self._why_not(op, operand, layer):
+        if why := self._why_not(op, operand):
             self.left.append((op, Left(*layer[:4], why)))
             return
-        self.covered.update((part.path, part) for part, _ in relu.parts)
         self.uses[_scope(op) or layer.name] += 1
+        self.neurons.append(op)
+        if self._rejects(op, layer):
+            return
+        self.covered.update((part.path, part) for part, _ in relu.parts)
         # Parts pass their operand on, so that the quantizer takes in what the ReLU took in.
         plans = {part.path: Plan(None, i) for part, i in relu.parts}
         plans[op.path] = Plan(layer, operand)
@@ -169,27 +144,33 @@ class _Finder:
         self._check_no_derivative(op, op.inputs[operand])
         self._check_no_loss(op, layer)
 
-    def _add_pool(self, op: FlatOp, spikes: bool) -> None:
+    def _add_pool(self, op: FlatOp, spikes: bool, unselected: bool) -> None:
+        """Adds a pool that spikes reach, or would reach if all layers were selected."""
         layer = self._layer(op, "max_pool")
+        self.uses[_pool_scope(op)] += unselected
         if not spikes:
             self.left.append((op, Left(*layer[:4], "it stands before the first neuron")))
-        elif self.select is not None and not self.select(layer):
-            self.left.append((op, Left(*layer[:4], "it is not selected")))
-        else:
-            self.uses[_pool_scope(op)] += 1
+        elif not self._rejects(op, layer):
             self.plans[op.path] = Plan(layer, 0)
+
+    def _rejects(self, op: FlatOp, layer: QuantizedLayer) -> bool:
+        """Asks `select`, and notes what it rejects."""
+        rejected = self.select is not None and not self.select(layer)
+        if rejected:
+            self.left.append((op, Left(*layer[:4], NOT_SELECTED)))
+        return rejected
 
     def _layer(self, op: FlatOp, kind: str) -> QuantizedLayer:
         """The entry of an operation, named as `spiking` names its layers."""
         # Among the neurons alone, as `spiking` counts: pools are added after them.
-        number = sum(plan.layer is not None for plan in self.plans.values())
-        name = _pool_scope(op) if kind == "max_pool" else _scope(op) or f"layer{number}"
+        own = _pool_scope(op) if kind == "max_pool" else _scope(op)
+        name = own or f"layer{len(self.neurons)}"
         name = f"{name}:{self.uses[name] + 1}" if self.uses[name] else name
         shape = op.eqn.outvars[0].aval.shape
         return QuantizedLayer(name, kind, shape, op.location.source, turns=op.turns)
 
-    def _why_not(self, op: FlatOp, operand: int, layer: QuantizedLayer) -> str:
-        """Why a ReLU is left; "" where it is to be replaced."""
+    def _why_not(self, op: FlatOp, operand: int) -> str:
+        """Why a ReLU is left, whatever is selected; "" where it may be replaced."""
         v = op.inputs[operand]
         if not jnp.issubdtype(op.eqn.outvars[0].aval.dtype, jnp.floating):
             return "it is of integers; convert the data to floating point before"
@@ -203,8 +184,7 @@ class _Finder:
             # Optax's losses end so.
             if call in _OTHERS or call.endswith("_loss"):
                 return f"it is a part of {call}"
-        selected = self.select is None or self.select(layer)
-        return "" if selected else "it is not selected"
+        return ""
 
     def _whole_call(self, op: FlatOp, relu: Relu, plan: Plan) -> dict[Path, Plan]:
         """Where a call with a derivative of its own is nothing but the ReLU, the plan for it."""
@@ -313,7 +293,7 @@ def _holds_relu(jaxpr: Any, pools: bool) -> bool:
             continue
         relu = find_relu(flat, op)
         if relu is not None:
-            if not finder._why_not(op, relu.operand(op), QuantizedLayer("", "relu", (), "")):
+            if not finder._why_not(op, relu.operand(op)):
                 return True
         elif (pools and is_max_pool(op.eqn)) or any(
             _holds_relu(body, pools) for body in _bodies(op.eqn)

@@ -14,8 +14,9 @@ import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Literal
 
-from nadaptor._jaxpr.find import Plan, QuantizedLayer, is_max_pool
 from nadaptor._jaxpr.flat import Path, inner_body, scan_counts, under
+from nadaptor._jaxpr.found import Plan, QuantizedLayer
+from nadaptor._jaxpr.patterns import is_max_pool
 from nadaptor._jaxpr.places import NOWHERE, Location, enter, locate
 
 Replace = Callable[[QuantizedLayer, jax.Array, Any], tuple[jax.Array, Any]]

@@ -22,10 +22,12 @@ import numpy as np
 from jax.core import Tracer
 
 from nadaptor._checks import check_levels, check_name, check_scales
-from nadaptor._jaxpr.find import Found, Left, QuantizedLayer, find
+from nadaptor._jaxpr.find import find
+from nadaptor._jaxpr.found import Found, Left, QuantizedLayer
 from nadaptor._jaxpr.rewrite import rewrite
 from nadaptor._jaxpr.trace import to_jaxpr
 from nadaptor._noise import layer_keys
+from nadaptor.quantization.refusals import nothing_to_quantize
 from nadaptor.quantization.rules import (
     SCALE_FLOOR,
     SMALLEST,
@@ -169,12 +171,7 @@ class Quantized:
     def _find(self, args: tuple[Any, ...]) -> tuple[Any, Any, Found]:
         closed, tree, found = self._trace(args)
         if not _neurons(found):
-            left = "; ".join(f"{e.kind} at {e.source} ({e.why})" for e in found.left[:4])
-            raise ValueError(
-                f"cannot quantize: no ReLU of the function depends on its data, argument "
-                f"{self.argnums}, by a product with weights; name the data by argnums. Seen and "
-                f"left: {left or 'nothing'}"
-            )
+            raise nothing_to_quantize(found.left, self.argnums)
         return closed, tree, found
 
     def _activate(

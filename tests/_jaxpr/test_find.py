@@ -335,3 +335,68 @@ def test_select_keeps_what_it_does_not_select():
 def test_a_quantizer_that_is_there_already_stays():
     q = nadaptor.quantize(lambda x: jax.nn.relu(nadaptor.lsq(x @ W, 0.5, 2) @ W.T))
     assert [layer.shape for layer in q.layers(X)] == [(6, 8)] and not q.left(X)
+
+
+class Unnamed(nn.Module):
+    """Its ReLUs stand in the scope of the module itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(3):
+            x = nn.relu(nn.Dense(16, name=f"fc{i}")(x))
+        return x
+
+
+def three(x):
+    for w in (W, V, V):
+        x = jax.nn.relu(x @ w)
+    return x
+
+
+def scoped(x):
+    return Unnamed().apply(Unnamed().init(jax.random.key(0), X), x)
+
+
+@pytest.mark.parametrize("f", [three, scoped])
+def test_select_is_shown_the_names_that_layers_lists_and_left_lists_what_it_drops(f):
+    names = [layer.name for layer in replaced(f, X)]
+    assert names == (["layer0", "layer1", "layer2"] if f is three else list(SCOPES))
+    for dropped in names:
+        shown = []
+
+        def select(layer, dropped=dropped, shown=shown):
+            shown.append(layer.name)
+            return layer.name != dropped
+
+        q = nadaptor.quantize(f, select=select)
+        kept = [name for name in names if name != dropped]
+        assert [layer.name for layer in q.layers(X)] == kept == list(q.init(X))
+        assert shown[:3] == names
+        assert (dropped, "it is not selected") in [(e.name, e.why) for e in q.left(X)]
+        only = nadaptor.quantize(f, select=lambda layer, name=dropped: layer.name == name)
+        assert [layer.name for layer in only.layers(X)] == [dropped]
+        assert [e.name for e in only.left(X) if e.why == "it is not selected"] == kept
+
+
+SCOPES = ("Unnamed", "Unnamed:2", "Unnamed:3")
+
+
+def test_a_pools_name_does_not_depend_on_select():
+    def f(x):
+        for w in (W, V, V):
+            x = jax.nn.relu(x @ w)
+            x = nn.max_pool(x[..., None], (1,), (1,))[..., 0]
+        return x
+
+    names = ["layer0", "max_pool", "layer1", "max_pool:2", "layer2", "max_pool:3"]
+    assert [layer.name for layer in replaced(f, X)] == names
+    kept = replaced(f, X, select=lambda layer: layer.name not in ("layer0", "max_pool:2"))
+    assert [layer.name for layer in kept] == ["layer1", "layer2", "max_pool:3"]
+
+
+def test_where_select_rejects_all_the_error_says_so_and_names_them():
+    q = nadaptor.quantize(three, select=lambda layer: False)
+    with pytest.raises(
+        ValueError, match=r"^cannot quantize: select rejects .* 3 layers .*'layer0' \(.*:\d+\), 'l"
+    ):
+        q.init(X)
