@@ -60,6 +60,10 @@ _NORM = (
     "a norm that measures its input is not affine: use batch norm with running averages "
     "(use_running_average=True)"
 )
+INFERENCE = (
+    "evaluate batch norm with its running averages (use_running_average=True in Linen, "
+    "model.eval() in NNX and torch, inference_mode in Equinox)"
+)
 _BRANCH = "write the loop or branch in Python, or as lax.scan"
 _PROBABILITIES = _words("sigmoid logistic log_sigmoid")
 # Effects that may as well happen at every step: they look, and change nothing.
@@ -174,6 +178,20 @@ def check_effects(op: Op) -> None:
             "only jax.debug.print and jax.debug.callback can run at every time step; take it out "
             "of the function",
             f"has a side effect ({', '.join(sorted(op.effects))})",
+        )
+
+
+def check_no_batch_statistics(op: Op) -> None:
+    """Raises a ValueError for the mean of a batch in a library's batch norm.
+
+    Seen is what Flax, Equinox, Haiku and Keras call so, with no `remat` around it. A norm written
+    by hand is not: of a function without `in_axes` it is not known which axis holds the examples.
+    """
+    if op.location.in_batch_norm and op.primitive.name in ("reduce_sum", "psum"):
+        raise _refusal(
+            op,
+            INFERENCE,
+            "measures the batch that it is given, so that an output depends on other examples",
         )
 
 

@@ -12,6 +12,8 @@ _INTERACTIVE = ("<stdin>", "<ipython-input", "<python-input")
 # Frames between a library function and the tracer, which are no name for what the user called.
 _PLUMBING = {"current", "custom_jvp", "custom_vjp", "ufunc", "bind", "wrapper"}
 _PLUMBING |= {"scope_fn", "run_interceptors"}
+# The modules of the libraries that measure a batch, in training alone.
+_BATCH_NORMS = {"BatchNorm", "BatchNormalization"}
 _MODELS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "models") + os.sep
 
 
@@ -21,6 +23,7 @@ class Location(NamedTuple):
     source: str  # "file.py:12", or "" where it is not known
     call: str  # the outermost library function around it ("softmax"), or ""
     scope: str  # named scopes around it ("ResNet/act1"), or ""
+    in_batch_norm: bool = False  # whether it is a part of a library's batch norm
 
 
 NOWHERE = Location("", "", "")
@@ -37,8 +40,8 @@ def locate(eqn: Any, outer: Location) -> Location:
     scope = "/".join(filter(None, (outer.scope, *names)))
     if outer.call:
         return outer._replace(scope=scope)
-    source, call = _user_frame(eqn.source_info.traceback)
-    return Location(source or outer.source, call, scope)
+    source, call, in_batch_norm = _user_frame(eqn.source_info.traceback)
+    return Location(source or outer.source, call, scope, in_batch_norm)
 
 
 def enter(function: Any, here: Location) -> Location:
@@ -58,17 +61,23 @@ def layer_name(scope: str) -> str:
     return "/".join(kept)
 
 
-def _user_frame(traceback: Any) -> tuple[str, str]:
-    """The innermost line outside the libraries, "file.py:12", and the library function it calls."""
+def _user_frame(traceback: Any) -> tuple[str, str, bool]:
+    """The innermost line outside the libraries, "file.py:12", and the library function it calls.
+
+    And whether a batch norm of a library stands between the two.
+    """
     calls: list[str] = []
+    in_batch_norm = False
     for frame in traceback.frames if traceback is not None else ():
         if not in_library(frame.file_name):
-            return f"{frame.file_name}:{frame.line_num}", calls[-1] if calls else ""
+            source = f"{frame.file_name}:{frame.line_num}"
+            return source, calls[-1] if calls else "", in_batch_norm
+        in_batch_norm |= frame.function_name.partition(".")[0] in _BATCH_NORMS
         name = frame.function_name.removesuffix(".__call__")
         # "<lambda>" and what begins with an underscore is no name that a user has called.
         if name.isidentifier() and not name.startswith("_") and name not in _PLUMBING:
             calls.append(name)
-    return "", ""
+    return "", "", in_batch_norm
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from nadaptor._jaxpr.affine import (
     check_affine,
     check_apart,
     check_effects,
+    check_no_batch_statistics,
     check_no_inner_mark,
     check_not_random,
     is_affine,
@@ -129,6 +130,7 @@ def _kind(op: Op, kinds: dict[int, str], coding: str, nonaffine: str, last: bool
     spikes = reached(kinds.keys(), op.inputs)
     found = {kind_of(kinds, atom) for atom in op.inputs} - {None}
     check_effects(op)
+    check_no_batch_statistics(op)
     # Frames alone: as no spike passes, the operation need not be affine.
     if found == {VARYING}:
         check_no_inner_mark(op)

@@ -27,6 +27,8 @@ from nadaptor._execution.tiles import (
     in_tiles,
     merge_axes,
 )
+from nadaptor._jaxpr.examples import Operand, check_apart
+from nadaptor._jaxpr.plan import VARYING
 from nadaptor.neurons import Coding, Neuron, State
 from nadaptor.transformation import Nonaffine, Prepared, SpikingNetwork, spiking
 
@@ -103,8 +105,8 @@ def simulate(
             neurons; None for 1, and with `in_axes` for a number that suits the machine. T need not
             be a multiple. The result is the same up to the rounding of sums that XLA regroups.
         in_axes: as in `jax.vmap`, declares that `f` treats the examples along these axes of its
-            arguments independently, and that its outputs have them along axis 0. None for no
-            assumption.
+            arguments independently, and that its outputs have them along axis 0; a sum over them
+            is refused where it is seen. None for no assumption.
         tile_size: number of examples to simulate at a time (needs `in_axes`); None for as many as
             stay in the cache on a CPU, and for all elsewhere or without `in_axes`.
         over_time: which arguments vary over time, a number or several as in `argnums` of
@@ -170,7 +172,7 @@ def simulate(
     axes, number = example_axes(in_axes, args)
     # Of the whole only the shapes: its layers say where the examples are.
     net = convert(*args)
-    check_example_outputs(net.output_shapes, number)
+    check_examples(net, args, axes, number)
 
     def out_axes_of(*args: Any) -> Any:
         part = convert(*args)
@@ -209,7 +211,7 @@ def run_in_tiles(
     if in_axes is None:
         return run(net, net.prepare(*args), min(steps_per_chunk or 1, num_steps))
     axes, number = example_axes(in_axes, args)
-    check_example_outputs(net.output_shapes, number)
+    check_examples(net, args, axes, number)
     shapes = [layer.shape for layer in net.layers]
     tile, chunk = choose_sizes(shapes, number, num_steps, jax.default_backend())
     leaves = jax.tree.leaves(args)
@@ -312,6 +314,27 @@ def check_no_mesh(args: Any, name: str) -> None:
                 f"an argument lies on an explicit mesh, of axes {axes}, which shares the examples "
                 f"already: leave {name} out, or call simulate inside jax.shard_map"
             )
+
+
+def check_examples(
+    net: SpikingNetwork, args: tuple[Any, ...], axes: Sequence[int | None], number: int
+) -> None:
+    """Raises a ValueError where the examples are mixed, as far as it is seen, or outputs lack them.
+
+    Args:
+        net: the network of all examples.
+        args: the function's arguments, with frames where the network is traced for one of them.
+        axes: axis of the examples in each leaf of the arguments, or None.
+        number: number of examples.
+    """
+    check_example_outputs(net.output_shapes, number)
+    operands = []
+    for i, x, axis in zip(net._trace.inputs, jax.tree.leaves(args), axes, strict=True):
+        # The network was traced for one frame, without the axis of time in front.
+        time = net._plan.kinds.get(i) == VARYING
+        axis = None if axis is None else axis % jnp.ndim(x) - time
+        operands.append(Operand(jnp.shape(x)[time:], axis))
+    check_apart(net._trace, operands)
 
 
 def check_independent(name: str, value: Any, in_axes: Any) -> None:
