@@ -99,7 +99,7 @@ def check_positive(scale: ArrayLike, name: str) -> ArrayLike:
         wrong = values[~(np.isfinite(values) & (values > 0))]
         if wrong.size:
             raise ValueError(
-                f"{name} must be finite and positive, not {wrong.flat[0]!r}; start it from data "
+                f"{name} must be finite and positive, not {wrong.flat[0]:.6g}; start it from data "
                 "and keep it positive in training by projecting to a small floor after each update"
             )
         beyond = values[(values < _SMALLEST_SCALE) | (values > _LARGEST_SCALE)]

@@ -460,14 +460,29 @@ def test_projection_keeps_the_scales_positive():
     q(scales, W, X)
 
 
+FIRST = r"the first argument .* is the scales, as q\.init"
+
+
+def by_name(q, *args):
+    return nadaptor.simulate(q, *args, num_steps=2)
+
+
 def bad_calls():
     q, scales = nadaptor.quantize(plain), {"layer0": 0.5, "layer1": 0.5}
+    q_flat = nadaptor.quantize(lambda params, x: jax.nn.relu(x @ params["w"]))
     zero = tuple(jnp.zeros_like(w) for w in W)
     key = jax.random.key(0)
     return {
         "missing": (lambda: q({"layer0": 0.5}, W, X), r"no scale for 'layer1' \(.*py:\d+\)"),
         "aux head": (lambda: q({**scales, "aux": 0.5}, W, X), "no layer for 'aux'"),
         "negative": (lambda: q({**scales, "layer1": -0.5}, W, X), r"scale of layer1 .*not .*-0.5"),
+        "plain": (lambda: q({**scales, "layer1": -0.5}, W, X), r"positive, not -0\.5;"),
+        "swapped": (lambda: nadaptor.simulate(q, W, scales, X, num_steps=2), FIRST),
+        "nested": (lambda: q({"params": {"w": W}}, scales, X), FIRST),
+        "flat": (lambda: by_name(q_flat, {"w": W[0]}, {"layer0": 0.5}, X), FIRST),
+        "forgotten": (lambda: nadaptor.simulate(q, W, X, num_steps=2), FIRST),
+        "forgotten flat": (lambda: by_name(q_flat, {"w": W[0]}, X), FIRST),
+        "all forgotten": (lambda: nadaptor.quantize(lambda x: x @ W[0])(X), FIRST),
         "zero": (lambda: q(0.0, W, X), "scale of all layers must be finite and positive"),
         "shape": (lambda: q({**scales, "layer1": jnp.ones(3)}, W, X), r"\(3,\) does not broadcast"),
         "silent": (lambda: q.init(zero, X), r"layer0 \(.*py:\d+\) is zero on all of the data"),
@@ -479,6 +494,12 @@ def bad_calls():
         "no key": (lambda: q(scales, W, X, key=jnp.zeros(2, jnp.uint32)), "typed PRNG key"),
         "keys": (lambda: q(scales, W, X, key=key.reshape(1, 1)), r"not \(1, 1\) keys"),
     }
+
+
+def test_an_error_of_the_function_itself_is_passed_on():
+    q = nadaptor.quantize(lambda params, x: jax.nn.relu(x @ params["v"]))
+    with pytest.raises(KeyError, match="v"):
+        q({"layer0": 0.5}, {"w": W[0]}, X)
 
 
 @pytest.mark.parametrize("case", bad_calls().keys())

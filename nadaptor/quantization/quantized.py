@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ from nadaptor._jaxpr.found import Found, Left, QuantizedLayer
 from nadaptor._jaxpr.rewrite import rewrite
 from nadaptor._jaxpr.trace import to_jaxpr
 from nadaptor._noise import layer_keys
-from nadaptor.quantization.refusals import nothing_to_quantize
+from nadaptor.quantization.activations import ACTIVATIONS
+from nadaptor.quantization.refusals import FIRST, check_first, nothing_to_quantize, swapped
 from nadaptor.quantization.rules import (
     SCALE_FLOOR,
     SMALLEST,
@@ -37,7 +38,6 @@ from nadaptor.quantization.rules import (
     projection,
     scale_rule,
 )
-from nadaptor.quantizers import clipped_relu, lsq, noise_adaptor, qcfs, slip_relu
 
 Activation = Callable[[jax.Array, jax.Array, int, jax.Array | None], jax.Array]
 """Maps (v, scale, levels, key) to the activation of v; the key is None without noise."""
@@ -79,10 +79,16 @@ class Quantized:
             What the function returns.
 
         Raises:
-            ValueError: the function cannot be quantized, or the scales are of other layers, of
-                another shape or not positive.
+            ValueError: the function cannot be quantized, or the scales are missing, of other
+                layers, of another shape or not positive.
         """
-        closed, tree, found = self._find(args)
+        check_first(scales)
+        try:
+            closed, tree, found = self._find(args)
+        except Exception as error:
+            if swapped(self.f, scales, args):
+                raise ValueError(FIRST) from error
+            raise
         layers = _neurons(found)
         scales = check_scales(scales, layers)
         keys = layer_keys(key, layers)
@@ -177,7 +183,7 @@ class Quantized:
     def _activate(
         self, layer: QuantizedLayer, v: jax.Array, scale: jax.Array, key: jax.Array | None
     ) -> jax.Array:
-        entry = _ACTIVATIONS[self.activation] if isinstance(self.activation, str) else None
+        entry = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else None
         if layer.bound is not None:
             unit = 1 if entry is not None and entry.by_threshold else self.levels
             scale = at_most(scale, layer.bound / unit)
@@ -273,7 +279,7 @@ def quantize(
     Source: Noise Adaptor, sections 2.3 and 3; Esser et al., Learned step size quantization, 2019.
     """
     if isinstance(activation, str):
-        check_name(activation, _ACTIVATIONS, "activation")
+        check_name(activation, ACTIVATIONS, "activation")
     numbers = (argnums,) if isinstance(argnums, int) else argnums
     return Quantized(f, check_levels(levels), activation, numbers, batch_axis, pools, select)
 
@@ -292,36 +298,6 @@ def project_scales(
     """
     project = projection(floor)
     return {name: project(scale) for name, scale in scales.items()}
-
-
-class _Entry(NamedTuple):
-    """An activation by its name."""
-
-    forward: Callable[..., jax.Array]  # of (factor, v, scale, levels, key)
-    scaled: bool = False  # whether the gradient of its scale is multiplied by 1/sqrt(N*p)
-    by_threshold: bool = False  # whether its scale is the threshold
-
-
-def _noise_adaptor(
-    factor: float, v: jax.Array, scale: jax.Array, levels: int, key: jax.Array | None
-) -> jax.Array:
-    if key is None:
-        return lsq(v, scale, levels, gradient_scale=factor)
-    return noise_adaptor(key, v, scale, levels, gradient_scale=factor)
-
-
-_ACTIVATIONS = {
-    "noise_adaptor": _Entry(_noise_adaptor, scaled=True),
-    "lsq": _Entry(
-        lambda factor, v, scale, levels, key: lsq(v, scale, levels, gradient_scale=factor),
-        scaled=True,
-    ),
-    "clipped_relu": _Entry(
-        lambda factor, v, scale, levels, key: clipped_relu(v, scale), by_threshold=True
-    ),
-    "qcfs": _Entry(lambda factor, v, scale, levels, key: qcfs(v, scale * levels, levels)),
-    "slip_relu": _Entry(lambda factor, v, scale, levels, key: slip_relu(v, scale * levels, levels)),
-}
 
 
 def _neurons(found: Found) -> list[QuantizedLayer]:

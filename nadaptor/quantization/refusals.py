@@ -1,10 +1,16 @@
-"""What `quantize` says of a function in which it finds nothing to quantize."""
+"""What `quantize` says of a function with nothing to quantize, and of scales that are none."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from nadaptor._jaxpr.found import NOT_SELECTED, Left
 
 _SHOWN = 4
+FIRST = (
+    "the first argument of a quantized function is the scales, as q.init(*args) returns them, and "
+    "those of the function follow: q(scales, *args), nadaptor.simulate(q, scales, *args, ...)"
+)
 
 
 def nothing_to_quantize(left: Sequence[Left], argnums: tuple[int, ...] | None) -> ValueError:
@@ -28,3 +34,41 @@ def nothing_to_quantize(left: Sequence[Left], argnums: tuple[int, ...] | None) -
         f"cannot quantize: no ReLU of the function depends on its data, argument {argnums}, by a "
         f"product with weights; name the data by argnums. Seen and left: {seen or 'nothing'}"
     )
+
+
+def check_first(scales: Any) -> None:
+    """Raises a ValueError where an argument is neither a number nor arrays by name."""
+    if isinstance(scales, Mapping):
+        nested = Mapping | list | tuple
+        flat = all(isinstance(k, str) and not isinstance(x, nested) for k, x in scales.items())
+    else:
+        flat = isinstance(scales, int | float) or hasattr(scales, "shape")
+    if not flat:
+        raise ValueError(FIRST)
+
+
+def swapped(f: Callable[..., Any], scales: Any, args: tuple[Any, ...]) -> bool:
+    """Of a function that fails: whether its scales seem to be forgotten, or further behind."""
+    if any(_are_numbers(x) for x in args) and not _are_numbers(scales):
+        return True
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):
+        return False
+    return not _takes(signature, args) and _takes(signature, (scales, *args))
+
+
+def _are_numbers(x: Any) -> bool:
+    return isinstance(x, Mapping) and bool(x) and all(_is_number(v) for v in x.values())
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) or getattr(x, "shape", None) == ()
+
+
+def _takes(signature: inspect.Signature, args: tuple[Any, ...]) -> bool:
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True
