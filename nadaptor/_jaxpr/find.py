@@ -27,7 +27,15 @@ from nadaptor._jaxpr.flat import (
     Path,
     words,
 )
-from nadaptor._jaxpr.found import NOT_SELECTED, Found, Left, Plan, QuantizedLayer
+from nadaptor._jaxpr.found import (
+    NO_NEURON,
+    NOT_SELECTED,
+    PART_OF,
+    Found,
+    Left,
+    Plan,
+    QuantizedLayer,
+)
 from nadaptor._jaxpr.patterns import Relu, find_relu, is_max_pool
 from nadaptor._jaxpr.places import layer_name
 from nadaptor._jaxpr.trace import Atom, sub_jaxprs, variables
@@ -114,7 +122,9 @@ class _Finder:
             read = variables(op.inputs)
             self._add_pool(op, not spikes.isdisjoint(read), not unselected.isdisjoint(read))
         left = [entry for op, entry in self.left if op.path not in self.covered]
-        left += [self._other(op) for op in others if self._is_nonlinear(op, spikes)]
+        # Of a function without a ReLU, what its data meet behind weights instead.
+        touched = spikes if unselected else self.met
+        left += [self._other(op) for op in others if self._is_nonlinear(op, touched)]
         # A function of a library is several operations, and one entry.
         return Found(dict(sorted(self.plans.items())), tuple(dict.fromkeys(left)))
 
@@ -183,7 +193,7 @@ class _Finder:
         for call in (op.location.call, *op.calls):
             # Optax's losses end so.
             if call in _OTHERS or call.endswith("_loss"):
-                return f"it is a part of {call}"
+                return f"{PART_OF}{call}"
         return ""
 
     def _whole_call(self, op: FlatOp, relu: Relu, plan: Plan) -> dict[Path, Plan]:
@@ -259,7 +269,7 @@ class _Finder:
     def _other(self, op: FlatOp) -> Left:
         kind = op.location.call or op.name
         shape = op.eqn.outvars[0].aval.shape
-        return Left(_scope(op), kind, shape, op.location.source, "no neuron can come of it")
+        return Left(_scope(op), kind, shape, op.location.source, NO_NEURON)
 
 
 def _divisors(ops: Sequence[FlatOp]) -> list[int]:

@@ -6,6 +6,10 @@ from nadaptor._jaxpr.flat import Path
 
 # Why a layer is left that `select` rejects.
 NOT_SELECTED = "it is not selected"
+# Why an operation is left that is no layer.
+NO_NEURON = "no neuron can come of it"
+# Why a maximum is left in another function of a library, whose name follows.
+PART_OF = "it is a part of "
 
 
 class QuantizedLayer(NamedTuple):

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nadaptor._jaxpr.found import NOT_SELECTED, Left
+from nadaptor._jaxpr.found import NO_NEURON, NOT_SELECTED, PART_OF, Left
 
 _SHOWN = 4
 FIRST = (
@@ -29,11 +29,26 @@ def nothing_to_quantize(left: Sequence[Left], argnums: tuple[int, ...] | None) -
             f"cannot quantize: select rejects each of the {len(rejected)} layers that could be "
             f"quantized: {names}{rest}; let it return True for those to be quantized"
         )
+    if left and all(e.why == NO_NEURON or e.why.startswith(PART_OF) for e in left):
+        named = [(e.kind if e.why == NO_NEURON else e.why.removeprefix(PART_OF), e) for e in left]
+        others = dict.fromkeys(f"{name} at {e.source}" for name, e in named)
+        shown = "; ".join(list(others)[:_SHOWN])
+        return ValueError(
+            f"cannot quantize: the function has no ReLU, but {shown}: replace it by a ReLU, and "
+            "train with it"
+        )
     seen = "; ".join(f"{e.kind} at {e.source} ({e.why})" for e in left[:_SHOWN])
     return ValueError(
-        f"cannot quantize: no ReLU of the function depends on its data, argument {argnums}, by a "
+        f"cannot quantize: no ReLU of the function depends on its data, {_in_words(argnums)}, by a "
         f"product with weights; name the data by argnums. Seen and left: {seen or 'nothing'}"
     )
+
+
+def _in_words(argnums: tuple[int, ...] | None) -> str:
+    if argnums is None:
+        return "all arguments"
+    names = ["the last argument" if n == -1 else f"argument {n}" for n in argnums]
+    return " and ".join(names)
 
 
 def check_first(scales: Any) -> None:

@@ -316,10 +316,54 @@ def test_a_custom_derivative_around_more_than_a_relu_is_refused():
 
 def test_nothing_to_quantize_names_what_was_left_and_why():
     q = nadaptor.quantize(lambda x: jnp.maximum(x, 0) @ W)
-    with pytest.raises(ValueError, match=r"no ReLU.*argument \(-1,\).*relu at .*before the first"):
+    with pytest.raises(
+        ValueError, match=r"no ReLU.*data, the last argument,.*relu at .*before the first"
+    ):
         q.init(X)
     with pytest.raises(ValueError, match="it is of integers"):
         nadaptor.quantize(lambda x: jnp.maximum(x @ jnp.ones((8, 4), int), 0)).init(X.astype(int))
+
+
+OTHERS = {
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "elu": jax.nn.elu,
+    "leaky_relu": jax.nn.leaky_relu,
+    "softplus": jax.nn.softplus,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_network_without_relus_is_told_which_functions_it_has_and_where(name):
+    q = nadaptor.quantize(lambda w, x: OTHERS[name](x @ w) @ w.T)
+    with pytest.raises(ValueError, match=rf"no ReLU, but {name} at .*test_find.py:\d+: replace"):
+        q.init(W, X)
+
+
+@pytest.mark.parametrize(
+    ("argnums", "words"),
+    [((0, 1), "argument 0 and argument 1"), (None, "all arguments"), (1, "argument 1")],
+)
+def test_the_data_are_named_in_words(argnums, words):
+    q = nadaptor.quantize(lambda x, y: x @ W + y @ W, argnums=argnums)
+    with pytest.raises(ValueError, match=f"its data, {words}, by"):
+        q.init(X, X)
+
+
+SPELT_OTHERWISE = {
+    "fmax": lambda v: jnp.fmax(v, 0),
+    "-minimum": lambda v: -jnp.minimum(-v, 0),
+    "(abs + v) / 2": lambda v: (jnp.abs(v) + v) / 2,
+    "clip from -1": lambda v: jnp.clip(v - 1, -1, 3) + 1,
+}
+
+
+@pytest.mark.parametrize("name", SPELT_OTHERWISE)
+def test_a_spelling_that_is_not_known_is_left_and_listed(name):
+    q = nadaptor.quantize(lambda x: jax.nn.relu(SPELT_OTHERWISE[name](jax.nn.relu(x @ W) @ V) @ V))
+    assert len(q.layers(X)) == 2
+    assert any("test_find.py:" in entry.source for entry in q.left(X))
 
 
 def test_select_keeps_what_it_does_not_select():
