@@ -94,7 +94,7 @@ def loss(apply):
 
 def test_logits_start_gradients_and_statistics_are_those_of_the_network_by_hand(variables):
     train = functools.partial(RELU.apply, train=True, mutable=["batch_stats"])
-    q, noisy = nadaptor.quantize(RELU.apply), nadaptor.quantize(train)
+    q, noisy = nadaptor.quantize(RELU.apply, pools=True), nadaptor.quantize(train)
     names = ["Cnn/act0", "Cnn/max_pool", "Cnn/act1", "Cnn/max_pool:2"]
     assert [layer.name for layer in q.layers(variables, IMAGES)] == names
     assert [layer.name for layer in noisy.layers(variables, IMAGES)] == names
@@ -131,7 +131,7 @@ class MmseCnn(Cnn):
 
 
 def test_the_simulation_and_the_layers_are_those_of_the_network_by_hand(variables):
-    q = nadaptor.quantize(RELU.apply)
+    q = nadaptor.quantize(RELU.apply, pools=True)
     scales = jax.jit(q.init)(variables, IMAGES)
     full = with_scales(variables, scales)
     got = nadaptor.simulate(q, scales, variables, IMAGES, num_steps=5)
@@ -146,7 +146,7 @@ def test_the_simulation_and_the_layers_are_those_of_the_network_by_hand(variable
 
 
 def test_the_compiled_operations_are_those_of_the_network_by_hand(variables):
-    q = nadaptor.quantize(RELU.apply)
+    q = nadaptor.quantize(RELU.apply, pools=True)
     scales = jax.jit(q.init)(variables, IMAGES)
 
     def counts(f, *args):
@@ -355,6 +355,21 @@ def test_a_max_pool_that_spikes_reach_becomes_flaxs_average_pool(padding):
     equal(q(0.5, IMAGES), net(mean_behind, functools.partial(lsq, scale=0.5), IMAGES))
     kept = nadaptor.quantize(functools.partial(net, nn.max_pool, nn.relu), pools=False)
     equal(kept(0.5, IMAGES), net(nn.max_pool, functools.partial(lsq, scale=0.5), IMAGES))
+
+
+def test_init_warns_of_means_once_unless_pools_are_chosen():
+    def f(x):
+        return nn.max_pool(jax.nn.relu(x @ jnp.ones((2, 3))), (2, 2)) @ jnp.ones((3, 2))
+
+    q = nadaptor.quantize(f)
+    with pytest.warns(
+        UserWarning, match=r"1 max-pools, the first at .*py:\d+.*pools=False"
+    ) as seen:
+        scales = q.init(IMAGES)
+    q(scales, IMAGES)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    for pools in (True, False):
+        nadaptor.quantize(f, pools=pools).init(IMAGES)
 
 
 def test_inside_shard_map_and_with_an_explicit_mesh_it_is_the_same_function():

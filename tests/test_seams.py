@@ -129,7 +129,7 @@ def test_relu_network_goes_through_the_whole_recipe_unchanged(make):
     labels = jnp.arange(6) % CLASSES
     x = jax.random.normal(keys[0], (6, 8, 8, 1)) + 2 * (labels[:, None, None, None] - 1)
     f, params = make(keys[1], x)
-    q = nadaptor.quantize(f, levels=2)
+    q = nadaptor.quantize(f, levels=2, pools=True)
 
     @jax.jit
     def recipe(params, x):
@@ -157,7 +157,7 @@ def check_both_codings(f, params, x, scales=None, steps=24, means=False):
 
     Sums keep its max-pools; rates have means in their place, and also keep them where `means` is.
     """
-    one = nadaptor.quantize(f, levels=1)
+    one = nadaptor.quantize(f, levels=1, pools=True)
     kept = nadaptor.quantize(f, levels=2, pools=False)
     if scales is None:
         scales = jax.jit(functools.partial(kept.init, rule="lsq"))(params, x)

@@ -79,7 +79,8 @@ def _measured_with_relus(
         return relus.apply(variables, batch, mutable=mutable, **kwargs)
 
     channel_axis = -1 if layer.per_channel else None
-    found = quantize(apply, layer.levels).init(variables, batch, channel_axis=channel_axis)
+    quantized = quantize(apply, layer.levels, pools=True)
+    found = quantized.init(variables, batch, channel_axis=channel_axis)
     flat = dict(traverse_util.flatten_dict(variables["params"]))
     for name, scale in found.items():
         path = (*name.split("/")[1:], "quant_scale")

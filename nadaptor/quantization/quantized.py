@@ -28,7 +28,13 @@ from nadaptor._jaxpr.rewrite import rewrite
 from nadaptor._jaxpr.trace import to_jaxpr
 from nadaptor._noise import layer_keys
 from nadaptor.quantization.activations import ACTIVATIONS
-from nadaptor.quantization.refusals import FIRST, check_first, nothing_to_quantize, swapped
+from nadaptor.quantization.refusals import (
+    FIRST,
+    check_first,
+    nothing_to_quantize,
+    swapped,
+    warn_of_means,
+)
 from nadaptor.quantization.rules import (
     SCALE_FLOOR,
     SMALLEST,
@@ -56,7 +62,7 @@ class Quantized:
     activation: str | Activation
     argnums: tuple[int, ...] | None
     batch_axis: int | None
-    pools: bool
+    pools: bool | None
     select: Callable[[QuantizedLayer], bool] | None
 
     def __call__(
@@ -131,6 +137,8 @@ class Quantized:
         by_threshold = self.activation == "clipped_relu"
         measure = scale_rule(rule, self.levels, percent, by_threshold)
         closed, _, found = self._find(args)
+        if self.pools is None:
+            warn_of_means(found)
 
         def replace(layer: QuantizedLayer, v: jax.Array, _: Any) -> tuple[jax.Array, Any]:
             a = jnp.clip(v, 0, layer.bound)
@@ -172,7 +180,11 @@ class Quantized:
             for i, arg in enumerate(args)
             for _ in jax.tree.leaves(arg)
         ]
-        return traced, jax.tree.structure(shapes), find(traced, data, self.select, self.pools)
+        return (
+            traced,
+            jax.tree.structure(shapes),
+            find(traced, data, self.select, self.pools is not False),
+        )
 
     def _find(self, args: tuple[Any, ...]) -> tuple[Any, Any, Found]:
         closed, tree, found = self._trace(args)
@@ -226,7 +238,7 @@ def quantize(
     activation: str | Activation = "noise_adaptor",
     argnums: int | tuple[int, ...] | None = -1,
     batch_axis: int | None = 0,
-    pools: bool = True,
+    pools: bool | None = None,
     select: Callable[[QuantizedLayer], bool] | None = None,
 ) -> Quantized:
     """Puts a quantizer in the place of each ReLU of a function (section 2.3, Eq. 3-5 and 7-10).
@@ -254,7 +266,8 @@ def quantize(
         batch_axis: axis of the layers' arrays that the examples lie along, for LSQ's N and for
             keys by example; None where f takes one example.
         pools: whether max-pools become means over the same windows, padded zeros counted, where
-            spikes reach them.
+            spikes reach them. None is True, with a warning in `init`: what was trained with maxima
+            is another network with means.
         select: says of a layer, as `Quantized.layers` lists them, whether to replace it.
 
     Returns:

@@ -1,10 +1,11 @@
 """What `quantize` says of a function with nothing to quantize, and of scales that are none."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nadaptor._jaxpr.found import NO_NEURON, NOT_SELECTED, PART_OF, Left
+from nadaptor._jaxpr.found import NO_NEURON, NOT_SELECTED, PART_OF, Found, Left
 
 _SHOWN = 4
 FIRST = (
@@ -87,3 +88,17 @@ def _takes(signature: inspect.Signature, args: tuple[Any, ...]) -> bool:
     except TypeError:
         return False
     return True
+
+
+def warn_of_means(found: Found) -> None:
+    """Warns where max-pools become means and the user has not asked for it."""
+    layers = [plan.layer for plan in found.plans.values() if plan.layer is not None]
+    pools = [layer for layer in layers if layer.kind == "max_pool"]
+    if pools:
+        warnings.warn(
+            f"quantize puts a mean in the place of each of {len(pools)} max-pools, the first at "
+            f"{pools[0].source}: until it is trained with the means that is another network; keep "
+            "the maxima by pools=False, with coding='sum' in the simulation, or say pools=True and "
+            "train with the means",
+            stacklevel=3,
+        )

@@ -134,7 +134,7 @@ def test_scales_of_a_quantized_function_need_no_structure(channel_axis, tmp_path
         x = jax.nn.relu(images.reshape(len(images), -1) @ w[0])
         return nn.max_pool(x[..., None], (2,), (2,))[..., 0] @ w[1]
 
-    q, w = nadaptor.quantize(f, levels=2), [jnp.ones((36, 4)) / 9, jnp.eye(2)]
+    q, w = nadaptor.quantize(f, levels=2, pools=True), [jnp.ones((36, 4)) / 9, jnp.eye(2)]
     scales = q.init(w, IMAGES, channel_axis=channel_axis)
     save_network(tmp_path / "net", q, scales, w, IMAGES)
     saved = load_network(tmp_path / "net", q, None, zeros_like(w), IMAGES)
