@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -160,7 +161,17 @@ REFUSED = {
     "argmax": (lambda z: jnp.argmax(z, -1), "argmax", "return the logits"),
     "layer_norm": (lambda z: LAYER_NORM.apply({}, z), "LayerNorm (square)", "batch norm with"),
     "var": (lambda z: z / jnp.var(z), "var (square)", "batch norm with running averages"),
-    "maximum": (lambda z: z.max(1), "max (reduce_max)", "for pooling, avg_pool"),
+    "maximum": (lambda z: z.max((1, 2)), "max (reduce_max)", "affine: replace the maximum by a"),
+    "maxout": (
+        lambda z: z.reshape(2, -1, z.size // 2).max(0),
+        "max (reduce_max)",
+        "replace the maximum",
+    ),
+    "loss": (
+        lambda z: optax.softmax_cross_entropy(z, dyadic(3)),
+        "softmax_cross_entropy",
+        "affine: return the logits",
+    ),
     "clip": (lambda z: jnp.clip(z, 0, 1), "clip (max)", "quantized activation"),
     "product": (lambda z: z * z.mean(), "mul", "one factor has to be static"),
     "attention": (lambda z: z @ z.mT, "dot_general", "one factor has to be static"),

@@ -274,7 +274,12 @@ def _check_floating(op: Op) -> None:
 def _remedy(op: Op) -> str:
     # Flax calls a module's second layer of a kind BatchNorm_1.
     module = op.location.scope.split("/")[-1].partition("_")[0]
-    names = (op.location.call, _NAMES.get(op.primitive.name, op.primitive.name), module)
+    call = op.location.call
+    if call.endswith("_loss") or "cross_entropy" in call:
+        return _LOGITS
+    # Over an axis it is a pool, and no ReLU, whatever numpy calls it.
+    call = "reduce_max" if call == "max" and op.primitive.name == "reduce_max" else call
+    names = (call, _NAMES.get(op.primitive.name, op.primitive.name), module)
     return next((_REMEDIES[name] for name in names if name in _REMEDIES), _DEFAULT)
 
 
