@@ -207,6 +207,22 @@ def test_vmap_of_a_function_of_one_example_is_the_function_of_the_batch():
     close(noisy[3], q(scales, X[3], key=example_keys(3, 4)[0]))
 
 
+def test_vmap_over_models_outside_of_quantize_gives_each_its_own_scale():
+    models = jnp.stack([W[0], 3 * W[0]])
+    inner, outer = (
+        nadaptor.quantize(f) for f in (relu_of_product, jax.vmap(relu_of_product, (0, None)))
+    )
+    own = jax.vmap(inner.init, (0, None))(models, X)
+    assert own["layer0"].shape == (2,) and outer.init(models, X)["layer0"].shape == ()
+    run = jax.vmap(inner, (0, 0, None))
+    close(run(own, models, X)[1], inner({"layer0": own["layer0"][1]}, models[1], X))
+    assert nadaptor.simulate(run, own, models, X, num_steps=2).outputs.shape == (2, 2, 32, 16)
+
+
+def relu_of_product(w, x):
+    return jax.nn.relu(x @ w)
+
+
 def test_grad_of_quantize_is_the_gradient_by_hand_also_through_a_closure():
     scales = jax.jit(nadaptor.quantize(plain).init)(W, X)
 

@@ -134,7 +134,8 @@ def load_network(
 
     Args:
         path: the folder.
-        f: the function; its layers are compared with those that were saved.
+        f: the function; names, levels and shapes of its layers are compared with those saved, and
+            nothing else of it: another function between equal layers is not told from this one.
         *args: arguments of the same structure, arrays or their shapes; the data may be of another
             batch size. The scales of `nadaptor.quantize(f)` may be None: its layers have names.
         neuron: where the network was saved with a neuron of your own, that neuron.

@@ -251,7 +251,8 @@ def quantize(
     stay as they are; a ReLU in a scan has a scale for each turn.
 
     Quantize the network, not the loss, and differentiate the result: `jax.grad(quantize(f))`. As
-    with the activations themselves there is no forward-mode derivative.
+    with the activations themselves there is no forward-mode derivative. Over models
+    `quantize(jax.vmap(f))` has one scale for all; `jax.vmap(q)` and `jax.vmap(q.init)` one each.
 
     Args:
         f: any JAX function, with any pytrees of arrays as arguments and result.

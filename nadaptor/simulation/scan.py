@@ -89,7 +89,8 @@ def simulate(
     step t is the mean over the steps so far. With sum coding it is what `f` makes of the sums of
     all spikes so far; once no neuron fires any more the network is the quantized one, and the steps
     left over are not run. A call traces `f` anew: for speed, `jax.jit` the function that calls it,
-    once for each shape.
+    once for each shape. A neuron has a gradient only by its `surrogate`: without one, gradients are
+    zero before the last neurons.
 
     Args:
         f: function whose activations are quantizers of `nadaptor`; see `nadaptor.spiking`.
