@@ -14,14 +14,16 @@ def test_what_orbax_logs_is_kept_back_until_the_last_block_ends():
     """A run reads its parent while its snapshots are open."""
     logger = absl.logging.get_absl_logger()
 
-    def passes(path, level=logging.ERROR):
-        return bool(logger.filter(logging.LogRecord("absl", level, path, 1, "m", (), None)))
+    def passes(path, level=logging.ERROR, words="m"):
+        return bool(logger.filter(logging.LogRecord("absl", level, path, 1, words, (), None)))
 
     with hushed():
         with hushed():
             pass
         assert not passes("site-packages/orbax/checkpoint/futures.py")
         assert passes("site-packages/orbax/checkpoint/futures.py", logging.WARNING)
+        waits = "Waiting for previous save to complete took 3 seconds."
+        assert not passes("site-packages/orbax/manager.py", logging.WARNING, waits)
         assert passes("mine.py")
     assert passes("site-packages/orbax/checkpoint/futures.py")
 
