@@ -20,9 +20,14 @@ from nadaptor.errors import ENDING
 
 # In its environment, a child finds that it is one.
 _CHILD = "NADAPTOR_SUPERVISED"
-_LOST = b"Terminating process because the JAX distributed service detected fatal errors"
-# What jax's threads say before: it is held back until it is clear how the process ends.
-_WORDS = re.compile(rb"[EWF]\d{4} .*(coordination_service|preemption_sync|client\.h)")
+# What the words of a process say that aborts because it has lost the others.
+_LOST = re.compile(rb"(?i)distributed service|gloo|coordination|rendezvous|collective|heartbeat")
+# What comes before an abort: it is held back until it is clear how the process ends.
+_WORDS = re.compile(rb"[EW]\d{4} .*(coordination_service|preemption_sync|client\.h)")
+# After these it ends for certain, which on a busy machine takes long.
+_FATAL = re.compile(rb"F\d{4} |terminate called|\*\*\* Check failure|Fatal Python error")
+# What is no error: how many processes Gloo has found, and that a compilation takes minutes.
+_IDLE = re.compile(rb"\[Gloo\] Rank|E\d{4} .*slow_operation_alarm|\*{32}$|\[Compiling module |\n")
 # What a process outlives by so long did not end it, and is passed on.
 _HELD_SECONDS = 10
 # Of Linux's prctl.h.
@@ -46,7 +51,8 @@ def supervise(command: Sequence[str], name: str) -> int:
     """
     child = subprocess.Popen(
         command,
-        env={**os.environ, _CHILD: "1"},
+        # No warnings of XLA, as that a signal has come; errors are shown.
+        env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, _CHILD: "1"},
         stderr=subprocess.PIPE,
         # So that Ctrl-C reaches it once, through this process.
         start_new_session=True,
@@ -60,7 +66,7 @@ def supervise(command: Sequence[str], name: str) -> int:
     with child:
         held = _pass_on(child.stderr)
         code = child.wait()
-    if code == -signal.SIGABRT and any(_LOST in line for line in held):
+    if code == -signal.SIGABRT and any(map(_LOST.search, held)):
         why = "another process of the run has ended or cannot be reached; the same command resumes"
         print(f"{name}: {why}", file=sys.stderr, flush=True)
         return 1
@@ -72,12 +78,15 @@ def supervise(command: Sequence[str], name: str) -> int:
 def _pass_on(stream: IO[bytes]) -> list[bytes]:
     """Writes each line to stderr as it comes; returns those of jax's last words."""
     held: list[bytes] = []
-    since = 0.0
+    since, doomed = 0.0, False
     for line in stream:
-        if held and time.monotonic() - since > _HELD_SECONDS:
+        if _IDLE.match(line):
+            continue
+        doomed = doomed or bool(_FATAL.match(line))
+        if held and not doomed and time.monotonic() - since > _HELD_SECONDS:
             _write(held)  # it lives
             held = []
-        if held or _WORDS.match(line):
+        if held or doomed or _WORDS.match(line):
             since = since if held else time.monotonic()
             held.append(line)
         else:
