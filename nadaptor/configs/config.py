@@ -46,7 +46,7 @@ class StepConfig:
 
     # Images per step.
     batch_size: int
-    # What is done to training images: see nadaptor.data.augmentation.augment_batch.
+    # What is done to training images.
     augmentation: Augmentation
     # Fraction of each target that is spread over all classes.
     label_smoothing: float

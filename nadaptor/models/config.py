@@ -58,7 +58,7 @@ ACTIVATIONS: Mapping[Activation, Entry] = MappingProxyType(
 class NetworkConfig:
     """The network of a run but for its activations."""
 
-    # Network, a name in nadaptor.models.MODELS.
+    # Network, one of those that `train --help` lists.
     model: str
     # Features of its first stage, of which the others are multiples; None for the network's own.
     width: int | None
