@@ -119,6 +119,11 @@ def check_weights(file: Path | None) -> None:
         raise ValueError(f"--init-from {file}: there is no such file")
 
 
+def say(text: str) -> None:
+    """Says on stderr what is begun, where the first sign of it would come minutes later."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def changed(asked: Any, default: Any, fields: Iterable[str]) -> dict[str, Any]:
     """Returns the options that were given another value than the default, for `refuse_idle`.
 

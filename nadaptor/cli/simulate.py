@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nadaptor._checks import check_count
 from nadaptor._files import check_place
-from nadaptor.cli.command import changed, program, read_words, refuse_idle, use_every_core
+from nadaptor.cli.command import changed, program, read_words, refuse_idle, say, use_every_core
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
 from nadaptor.conversion.convert import open_snn
 from nadaptor.evaluation.exported import simulate_exported, write_exported
@@ -125,13 +126,14 @@ def simulate_command(
         refuse_idle(options, "with --mode ann, which has no time steps")
         out = checkpoint.parent / f"simulation-{split}-ann" if out is None else out
         _check_places(out, None)
+        say("compiling the network")
         return write_ann(measure_ann(open_snn(checkpoint), split, data_dir, num_images), out)
     if insight.report is None:
         energies = changed(insight, NO_REPORT, ("mac_energy", "ac_energy"))
         refuse_idle(energies, "without --report")
     if correction not in TWO_STAGES:
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
-    count = 32 if num_steps is None else num_steps
+    count = 32 if num_steps is None else check_count(num_steps, "num_steps")
     steps = 4 if correction_steps is None else correction_steps
     snn = open_snn(checkpoint)
     spikes = snn.spikes.override(coding)
@@ -141,6 +143,7 @@ def simulate_command(
     name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
     out = checkpoint.parent / name if out is None else out
     _check_places(out, insight.report)
+    say(f"compiling the simulation of {inference.total_steps(count)} steps")
     measured = measure(snn, count, split, inference, data_dir, num_images, confidence)
     write_report(measured, out)
     if insight.report is not None:

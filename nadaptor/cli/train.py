@@ -10,6 +10,7 @@ from nadaptor.cli.command import (
     parse_named,
     program,
     refuse_idle,
+    say,
     spread_over_cores,
 )
 from nadaptor.configs.config import Config
@@ -80,6 +81,7 @@ def train_command(asked: TrainCommand) -> None:
     if asked.options.dry_run:
         dry_run(asked.config, asked.options)
     elif asked.options.evaluate_only:
+        say("reading the network, and compiling it")
         measured = evaluate(asked.config, asked.workdir, asked.options)
         print(f"{measured}\naccuracy {100 * measured.accuracy:.2f}")
     else:
@@ -95,11 +97,22 @@ def _refuse_idle(asked: TrainCommand, default: Config) -> None:
         refuse_idle({"--new-head": options.new_head}, "without --init-from")
     if options.evaluate_only:
         refuse_idle(changed(options, Options(), OF_TRAINING), "with --evaluate-only")
+        _check_trained(asked)
     quantizer = asked.config.quantizer
     used = {"activation", *ACTIVATIONS[quantizer.activation].attributes}
     idle = [f.name for f in dataclasses.fields(quantizer) if f.name not in used]
     given = changed(quantizer, default.quantizer, idle)
     refuse_idle(given, f"with --activation {quantizer.activation}")
+
+
+def _check_trained(asked: TrainCommand) -> None:
+    """Says what can be done where there is nothing yet to evaluate."""
+    checkpoint = asked.workdir / asked.config.name / "checkpoint"
+    if asked.options.init_from is None and not checkpoint.is_dir():
+        raise ValueError(
+            f"no checkpoint at {checkpoint}: train it first, without --evaluate-only, or name a "
+            "file of weights with --init-from"
+        )
 
 
 def _commands() -> Mapping[str, Callable[[], TrainCommand]]:

@@ -264,10 +264,15 @@ def test_an_address_in_the_environment_is_refused(call, monkeypatch):
     refused(call("train.py", "digits_na"), "NADAPTOR_DATA_DIR must be a local folder")
 
 
+def test_an_evaluation_of_nothing_says_what_to_do(call, tmp_path):
+    result = call("train.py", "digits_na", "--evaluate-only", "--workdir", tmp_path)
+    refused(result, "train it first, without --evaluate-only, or", "with --init-from")
+
+
 def test_an_evaluation_says_what_it_measured(call, runs):
     sizes = ["--model", "digits_resnet8", "--epochs", 2, "--workdir", runs]
-    code, out, _ = call("train.py", "digits_na", "--evaluate-only", *sizes)
-    assert code == 0
+    code, out, err = call("train.py", "digits_na", "--evaluate-only", *sizes)
+    assert (code, err) == (0, "reading the network, and compiling it\n")
     words, last = out.splitlines()[-2:]
     assert words == (
         f"digits_resnet8 with noise_adaptor, weights of {runs}/digits_na/checkpoint, "
