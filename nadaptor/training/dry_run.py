@@ -26,6 +26,7 @@ class Cost(NamedTuple):
     """What a dry run measures."""
 
     parameters: int
+    state_bytes: int  # of parameters, optimizer and statistics, all of them on each device
     temporary_bytes: int | None  # of a step on one device; None where the compiler does not say
     compile_seconds: float
     step_seconds: float | None  # None where a step does not fit into the memory
@@ -69,9 +70,13 @@ def dry_run(config: Config, options: Options) -> Cost:
     if run.devices.local[0].platform != "cpu" or needed < _free_bytes():
         state = placed.replicate(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
         seconds = _step_seconds(compiled, state, inputs)
-    cost = Cost(parameters, temporary, compile_seconds, seconds, run.total_steps)
+    cost = Cost(parameters, _bytes(shapes), temporary, compile_seconds, seconds, run.total_steps)
     print(_report(cost, config.step.batch_size, run.devices))
     return cost
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def _free_bytes() -> int:
@@ -103,22 +108,27 @@ def _made_up(config: Config, options: Options) -> Source | None:
     """Images in place of those that are not there and need not be; None to read the config's."""
     try:
         open_split(config.data, "train", options.data_dir)
-    except ValueError as error:
+    except ValueError:
         # A bad value is told as such, and not as images that are missing.
         images = stand_in(check_config(config).data)
         if images is None:
             raise
-        print(f"images are made up, {images.size} of them: {error}")
+        print(f"no data is needed: {images.size} images are made up, as many as there would be")
         return images
     return None
 
 
+def _memory(cost: Cost) -> str:
+    """What a device must hold: on a CPU all devices have one memory."""
+    state = f"memory of a device: state {cost.state_bytes / MIB:.0f} MiB"
+    if cost.temporary_bytes is None:
+        return f"{state}, and what a step takes, which is unknown"
+    step, both = cost.temporary_bytes, cost.state_bytes + cost.temporary_bytes
+    return f"{state} + a step {step / MIB:.0f} MiB = {both / MIB:.0f} MiB"
+
+
 def _report(cost: Cost, batch_size: int, devices: Devices) -> str:
-    memory = "unknown" if cost.temporary_bytes is None else f"{cost.temporary_bytes / MIB:.0f} MiB"
-    known = (
-        f"memory {memory} a device beside the state, {devices}\n"
-        f"compilation {cost.compile_seconds:.1f} s\n"
-    )
+    known = f"{_memory(cost)}, {devices}\ncompilation {cost.compile_seconds:.1f} s\n"
     if cost.step_seconds is None:
         why = "it does not fit into the memory here"
         return f"{known}step unknown: {why}; {cost.total_steps} steps"

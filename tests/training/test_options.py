@@ -191,7 +191,12 @@ def test_a_dry_run_of_imagenet_needs_no_data_set(tmp_path, capsys):
     cost = dry_run(config, options)
     assert cost.total_steps == 2 * ((1_281_167 - 10_000) // 4)
     out = capsys.readouterr().out
-    assert re.search(r"made up, 1271167 of them: no prepared data set 'imagenet2012'", out)
+    assert out.startswith("no data is needed: 1271167 images are made up")
+    state, step, both = map(
+        int, re.search(r"state (\d+) MiB \+ a step (\d+) MiB = (\d+)", out).groups()
+    )
+    assert cost.state_bytes > 8 * cost.parameters  # of float32, with momentum
+    assert abs(both - state - step) <= 1 and state == round(cost.state_bytes / 2**20)
     with pytest.raises(ValueError, match="no prepared data set 'other'"):
         dry_run(replace(config, dataset="other"), options)
 
