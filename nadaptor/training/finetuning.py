@@ -56,7 +56,7 @@ class FineTuning:
 def digits_na_finetuned() -> FineTuning:
     """Three epochs through the first 2 steps, for `digits_na` after `nadaptor convert`.
 
-    `python -m nadaptor.finetune runs/digits_na/snn`
+    `nadaptor finetune runs/digits_na/snn`
     """
     return FineTuning(
         num_steps=2, epochs=3, batch_size=64, learning_rate=0.01, momentum=0.9, seed=0
