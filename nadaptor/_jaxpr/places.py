@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-_LIBRARIES = ("jax", "flax", "equinox", "haiku", "keras", "optax", "torchax", "nadaptor")
+_LIBRARIES = ("jax", "flax", "equinox", "haiku", "keras", "optax", "torch", "torchax", "nadaptor")
 # What is typed at a prompt is the user's, though its file's name begins as that of generated code.
 _INTERACTIVE = ("<stdin>", "<ipython-input", "<python-input")
 # Frames between a library function and the tracer, which are no name for what the user called.
