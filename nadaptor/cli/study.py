@@ -6,6 +6,9 @@ What is there from an earlier run is not done again: the same command goes on wh
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from nadaptor.cli.command import (
     changed,
@@ -27,7 +30,8 @@ class StudyCommand:
     """What the command is asked for."""
 
     study: Study
-    options: Options
+    # As "run options" in the help.
+    options: Annotated[Options, tyro.conf.arg(name="run")]
     # Folder of the runs and of the cells.
     workdir: Path
     # Folder for the CSV file, the table and the plots; by default "results" in workdir.

@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from nadaptor.cli.command import (
     changed,
@@ -38,7 +41,8 @@ class TrainCommand:
     """What the command is asked for."""
 
     config: Config
-    options: Options
+    # As "run options" in the help.
+    options: Annotated[Options, tyro.conf.arg(name="run")]
     # Folder of runs; the run is a folder in it.
     workdir: Path = Path("runs")
 

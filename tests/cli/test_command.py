@@ -237,6 +237,7 @@ def test_the_help_has_a_line_for_each_config_and_the_networks(call):
     # Each group of options has a sentence of its own.
     assert out.count("Weights that a finished run hands on") == 1
     assert "Which images." in out and "Its activations." in out
+    assert "run options" in out and "options options" not in out
 
 
 @pytest.mark.parametrize(
