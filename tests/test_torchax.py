@@ -79,11 +79,11 @@ def test_relus_and_the_max_pool_of_a_torch_module_are_found(network):
 
 def test_torch_module_becomes_a_spiking_network_in_both_codings(network):
     f, params, images, _ = network
-    one = nadaptor.quantize(f, levels=1)
+    one = nadaptor.quantize(f, levels=1, pools=True)
     scales = one.init(params, images)
     rate = nadaptor.simulate(one, scales, params, images, num_steps=1)
     np.testing.assert_allclose(rate.outputs[-1], one(scales, params, images), rtol=1e-4, atol=1e-5)
-    two = nadaptor.quantize(f, levels=2)
+    two = nadaptor.quantize(f, levels=2, pools=True)
     total = nadaptor.simulate(two, scales, params, images, num_steps=16, coding="sum")
     np.testing.assert_allclose(total.outputs[-1], two(scales, params, images), rtol=1e-4, atol=1e-5)
     assert all(count.sum() > 0 for count in total.spike_counts)
@@ -91,7 +91,7 @@ def test_torch_module_becomes_a_spiking_network_in_both_codings(network):
 
 def test_noisy_training_lowers_the_loss_and_the_next_call_sees_it(network):
     f, params, images, _ = network
-    q = nadaptor.quantize(f, levels=2)
+    q = nadaptor.quantize(f, levels=2, pools=True)
     scales, labels = q.init(params, images), jnp.arange(4) % 3
 
     def loss(params, key):
