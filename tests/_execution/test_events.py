@@ -167,7 +167,10 @@ def test_gradients_go_through_dense_convolutions():
         return nadaptor.simulate(f, kernels, x, num_steps=2, neuron=neuron, **options).outputs.sum()
 
     found = jax.grad(functools.partial(loss, events=True), (0, 1))(kernels, x)
-    assert_same(found, jax.grad(loss, (0, 1))(kernels, x))
+    direct = jax.grad(loss, (0, 1))(kernels, x)
+    # The gradient of the direct way may be the kernel's of training, with another order of sums.
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(direct), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found))
 
 
