@@ -9,9 +9,11 @@ a quarter or half of the products, and is less exact: it is left to the user, as
 `events`. What depends on the filter alone is static, and so is made once by `prepare`.
 """
 
+import contextlib
+import contextvars
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -42,6 +44,19 @@ Padding = Sequence[tuple[int, int]]
 # Which way of computing a convolution of spikes the user asks for, beside those that change no more
 # than the order of sums.
 Way = Literal["direct", "winograd", "events"]
+
+
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it only operations of JAX's own are put in place, which other programs can read."""
+    before = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(before)
 
 
 def choose_way(fast_convolution: bool, events: bool) -> Way:
@@ -111,7 +126,9 @@ def faster_convolution(
         and _share_in_image((height, width), padding) <= MOST_IN_IMAGE
     ):
         body = kn2row
-    elif outputs % BLOCK == 0 and load_kernel("convolve").targets is not None:
+    elif (
+        outputs % BLOCK == 0 and not _PORTABLE.get() and load_kernel("convolve").targets is not None
+    ):
         body = functools.partial(convolve_nhwc, strides=strides)
     elif plain_3x3 and outputs <= MOST_NARROW and inputs >= LEAST_NARROW_INPUTS and width % 2 == 0:
         body = in_pairs

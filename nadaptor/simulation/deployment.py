@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nadaptor._checks import check_count, check_data_argnum, extra
+from nadaptor._execution.convolution import portable
 from nadaptor._files import making, write_bytes, write_json
 from nadaptor._files.card import DamagedError, seal, unseal
 from nadaptor._version import __version__
@@ -144,11 +145,12 @@ def outputs_of_data(
         **options: of `nadaptor.simulate`.
 
     Returns:
-        What maps the data to the outputs [T, ...] at every time step.
+        What maps the data to the outputs [T, ...] at every time step, in operations of JAX's own.
     """
 
     def run(x: Any) -> Any:
-        return simulate(f, *args[:data], x, *args[data + 1 :], **options).outputs
+        with portable():
+            return simulate(f, *args[:data], x, *args[data + 1 :], **options).outputs
 
     return run
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 import nadaptor
 from nadaptor._execution import conv_kernel
 from nadaptor._execution.kernel import Kernel, load_kernel
+from nadaptor.simulation.deployment import outputs_of_data
 
 FOUND = load_kernel("convolve")
 pytestmark = pytest.mark.skipif(FOUND.targets is None, reason=FOUND.reason)
@@ -234,3 +235,13 @@ def test_groups_and_half_precision_stay_with_lax():
         ([a.astype(jnp.bfloat16) for a in arrays(9, (3, 3, 16, 32), (2, 8, 8, 16))], 1),
     ):
         assert ways(spiking_layer(NHWC, groups=groups), w, x) == ["conv_general_dilated"]
+
+
+def test_what_is_written_for_others_holds_operations_of_jax_alone():
+    w, x = arrays(10, (3, 3, 16, 32), (2, 8, 8, 16))
+    f = spiking_layer(NHWC)
+    ours = str(jax.make_jaxpr(lambda w, x: nadaptor.simulate(f, w, x, num_steps=2))(w, x))
+    written = outputs_of_data(f, (w, x), 1, num_steps=2)
+    assert "fast_convolution" in ours
+    assert "fast_convolution" not in str(jax.make_jaxpr(written)(x))
+    np.testing.assert_array_equal(written(x), nadaptor.simulate(f, w, x, num_steps=2).outputs)
