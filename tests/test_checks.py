@@ -79,7 +79,7 @@ def test_a_scale_that_is_not_positive_is_refused_where_it_has_a_value(value):
 
 
 def test_the_first_wrong_value_of_many_is_the_one_that_is_named():
-    with pytest.raises(ValueError, match=r"not .*-3\.0"):
+    with pytest.raises(ValueError, match="not -3;"):
         _checks.check_positive([1.0, -3.0, 0.0], "scale")
 
 

@@ -81,11 +81,12 @@ def save_checkpoint(path: Path, kind: Kind, arrays: Any, card: Mapping[str, Any]
     # Those of a run that was killed while it saved; tempfile's names end in eight letters.
     for left in path.parent.glob(f".{path.name}-????????"):
         shutil.rmtree(left, ignore_errors=True)
-    with (
-        uninterrupted(),
-        hushed(),
-        tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch,
-    ):
+    # Of a write that failed, threads may still write to the folder while it is removed: what is
+    # left of it the next save removes.
+    beside = tempfile.TemporaryDirectory(
+        prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True
+    )
+    with uninterrupted(), hushed(), beside as scratch:
         made = Path(scratch).resolve() / path.name
         try:
             _write(made, arrays, full)

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import gc
 import hashlib
 import json
@@ -19,6 +20,7 @@ import pytest
 
 from nadaptor._files import check_writable
 from nadaptor._files.card import FORMAT, DamagedError, fields_of, seal, unseal
+from nadaptor.checkpoints import checkpoint
 from nadaptor.checkpoints.checkpoint import digests, load_card, load_checkpoint, save_checkpoint
 from nadaptor.conversion.origin import check_free
 from nadaptor.errors import PassingError, RunError
@@ -58,6 +60,20 @@ def main(words):
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 """
+
+
+def test_what_is_written_while_a_failed_save_is_removed_hides_no_cause(tmp_path, monkeypatch):
+    def fail(folder, arrays, card):
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def remove(path, **options):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    monkeypatch.setattr(checkpoint, "_write", fail)
+    monkeypatch.setattr(os, "rmdir", remove)
+    with pytest.raises(PassingError, match=r"was not saved: No space left on device$"):
+        checkpoint.save_checkpoint(tmp_path / "ann", "ann", {}, {"config": {}})
 
 
 def run_program(main, folder):
