@@ -96,9 +96,7 @@ def test_neuron_moves_its_count_one_level_a_step_to_the_quantized_total():
 @pytest.mark.parametrize("levels", [1, 2, 3, 7])
 def test_one_layer_is_the_quantizer_after_as_many_steps_as_levels_ties_included(levels):
     ties = (np.arange(-2, levels + 2) + 0.5).astype(np.float32) * np.float32(0.3)
-    # A few steps of the last digit beside: v/s + 0.5 itself is rounded, to a whole number from one.
-    beside = ties * np.float32(2**-21)
-    v = np.concatenate([ties, ties - beside, ties + beside])
+    v = np.concatenate([ties, np.nextafter(ties, -np.inf), np.nextafter(ties, np.inf)])
     for f in (
         lambda v: nadaptor.lsq(v, 0.3, levels),
         lambda v: nadaptor.qcfs(v, 0.3 * levels, levels),
