@@ -1,6 +1,5 @@
 """The faster convolutions against the direct one, as they are where no compiler is there."""
 
-import functools
 import itertools
 
 import jax
@@ -54,6 +53,12 @@ def arguments(dims, size, inputs, outputs):
     return jax.random.normal(jax.random.key(1), [kernel[c] for c in dims[1]]), x
 
 
+def simulated(f, w, x, **options):
+    """The simulation as one program."""
+    options = {"num_steps": 3, "steps_per_chunk": 2, **options}
+    return jax.jit(lambda w, x: nadaptor.simulate(f, w, x, **options))(w, x)
+
+
 def operations(f, *args, name="conv_general_dilated", **options):
     net = nadaptor.spiking(f, *args, **options)
     return [op for op in net._plan.stepwise if op.primitive.name == name]
@@ -67,10 +72,8 @@ def test_winograd_equals_the_direct_convolution(dims, padding, size, channels):
     # F(4, 3) along the height leaves six convolutions of three columns.
     assert len(operations(f, w, x, fast_convolution=True)) == (6 if channels == 32 else 0)
     assert len(operations(f, w, x)) == 1
-    run = functools.partial(nadaptor.simulate, f, w, x, num_steps=3, steps_per_chunk=2)
-    np.testing.assert_allclose(
-        run(fast_convolution=True).outputs, run().outputs, rtol=1e-4, atol=1e-3
-    )
+    fast, direct = simulated(f, w, x, fast_convolution=True), simulated(f, w, x)
+    np.testing.assert_allclose(fast.outputs, direct.outputs, rtol=1e-4, atol=1e-3)
 
 
 @LAYOUTS
@@ -80,11 +83,11 @@ def test_pairs_of_columns_equal_the_direct_convolution(dims, padding, size, monk
     f = network(dims, padding)
     (paired,) = operations(f, w, x)
     assert paired.params["window_strides"] == (1, 2)
-    fast = nadaptor.simulate(f, w, x, num_steps=3, steps_per_chunk=2)
+    fast = simulated(f, w, x)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     (plain,) = operations(f, w, x)
     assert plain.params["window_strides"] == (1, 1)
-    direct = nadaptor.simulate(f, w, x, num_steps=3, steps_per_chunk=2)
+    direct = simulated(f, w, x)
     np.testing.assert_array_equal(fast.outputs, direct.outputs)
 
 
@@ -102,10 +105,10 @@ def test_small_images_by_position_equal_the_direct_convolution(dims, padding, si
     w, x = (jnp.round(4 * a) / 4 for a in arguments(dims, size, 128, 128))
     f = network(dims, padding)
     assert len(operations(f, w, x, name="dot_general")) == 9
-    fast = nadaptor.simulate(f, w, x, num_steps=3, steps_per_chunk=2)
+    fast = simulated(f, w, x)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert len(operations(f, w, x)) == 1
-    direct = nadaptor.simulate(f, w, x, num_steps=3, steps_per_chunk=2)
+    direct = simulated(f, w, x)
     np.testing.assert_array_equal(fast.outputs, direct.outputs)
 
 
@@ -136,9 +139,9 @@ def test_gradients_pass_through_the_faster_convolutions(size, channels, monkeypa
         sim = nadaptor.simulate(f, w, x, num_steps=2, neuron=neuron, fast_convolution=True)
         return (sim.outputs**2).mean()
 
-    fast = jax.grad(loss, (0, 1))(w, x)
+    fast = jax.jit(jax.grad(loss, (0, 1)))(w, x)
     monkeypatch.setattr("nadaptor.transformation.faster_convolution", lambda *_: None)
-    direct = jax.grad(loss, (0, 1))(w, x)
+    direct = jax.jit(jax.grad(lambda *args: loss(*args), (0, 1)))(w, x)
     for a, b in zip(fast, direct, strict=True):
         assert jnp.abs(b).max() > 0
         np.testing.assert_allclose(a, b, atol=1e-4 * jnp.abs(b).max())
