@@ -155,8 +155,8 @@ def test_events_are_mapped_over_examples_and_over_kernels():
     run = functools.partial(nadaptor.simulate, f, num_steps=3)
     several = [jnp.stack([w, 2 * w]) for w in kernels]
     for axes, args in (((None, 0), (kernels, x[:, None])), ((0, None), (several, x))):
-        by_events = jax.vmap(functools.partial(run, events=True), axes)(*args)
-        assert_same(by_events.outputs, jax.vmap(run, axes)(*args).outputs)
+        by_events = jax.jit(jax.vmap(functools.partial(run, events=True), axes))(*args)
+        assert_same(by_events.outputs, jax.jit(jax.vmap(run, axes))(*args).outputs)
 
 
 def test_gradients_go_through_dense_convolutions():
@@ -166,8 +166,8 @@ def test_gradients_go_through_dense_convolutions():
     def loss(kernels, x, **options):
         return nadaptor.simulate(f, kernels, x, num_steps=2, neuron=neuron, **options).outputs.sum()
 
-    found = jax.grad(functools.partial(loss, events=True), (0, 1))(kernels, x)
-    direct = jax.grad(loss, (0, 1))(kernels, x)
+    found = jax.jit(jax.grad(functools.partial(loss, events=True), (0, 1)))(kernels, x)
+    direct = jax.jit(jax.grad(loss, (0, 1)))(kernels, x)
     # The gradient of the direct way may be the kernel's of training, with another order of sums.
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(direct), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
