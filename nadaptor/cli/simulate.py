@@ -92,11 +92,9 @@ def simulate_command(
         correction: How to counter occasional noise at inference.
         correction_steps: Steps of offset spikes (rho) or SRP (tau) before the T counted (4).
         num_images: First images of the split to measure on; by default all.
-        confidence: Softmax probability at which an image stops, in a second simulation that does
-            not run the steps left over.
+        confidence: Softmax probability at which an image stops; a second simulation skips the rest.
         fast_convolution: Use Winograd's convolutions: faster on a CPU, and a few spikes may flip.
-        events: Multiply spikes alone, in a kernel that the C++ compiler of the system makes: faster
-            on a CPU, and a few spikes may flip.
+        events: Multiply spikes alone, in a kernel of C++: faster on a CPU, a few spikes may flip.
         data_dir: Folder of data sets; by default the environment's NADAPTOR_DATA_DIR.
         dataset: Data set for an artefact of your own, whose sidecar names none.
         insight: The conversion report.
