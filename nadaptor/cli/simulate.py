@@ -127,19 +127,17 @@ def simulate_command(
         say("compiling the network")
         return write_ann(measure_ann(open_snn(checkpoint), split, data_dir, num_images), out)
     if insight.report is None:
-        energies = changed(insight, NO_REPORT, ("mac_energy", "ac_energy"))
-        refuse_idle(energies, "without --report")
+        refuse_idle(changed(insight, NO_REPORT, ("mac_energy", "ac_energy")), "without --report")
     if correction not in TWO_STAGES:
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
     count = 32 if num_steps is None else check_count(num_steps, "num_steps")
     steps = 4 if correction_steps is None else correction_steps
-    snn = open_snn(checkpoint)
-    spikes = snn.spikes.override(coding)
+    spikes = (snn := open_snn(checkpoint)).spikes.override(coding)
     inference = get_inference(correction, steps, *spikes, fast_convolution, events)
     # With sums there is no correction.
     used = "sum" if spikes.coding == "sum" else correction
-    name = f"simulation-{split}" if used == "none" else f"simulation-{split}-{used}"
-    out = checkpoint.parent / name if out is None else out
+    ending = "" if used == "none" else f"-{used}"
+    out = checkpoint.parent / f"simulation-{split}{ending}" if out is None else out
     _check_places(out, insight.report)
     say(f"compiling the simulation of {inference.total_steps(count)} steps")
     measured = measure(snn, count, split, inference, data_dir, num_images, confidence)
