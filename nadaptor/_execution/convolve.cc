@@ -68,7 +68,6 @@ void sum_all(const float* x, const int64_t* from, float* out, const int64_t* to,
 
 // A convolution at stride 1 in the padded image: the pixels of `places`, all blocks of `w`.
 struct Sums {
-  Image image;
   Places places;
   Room weights;                     // [blocks, rows, run, kBlock]
   int64_t rows, run, outputs, size; // size: floats of one image of the result
@@ -80,10 +79,9 @@ int64_t group_of(const Places& places, int64_t number) {
   return std::max<int64_t>(1, std::min(number, kLeastPixels / pixels));
 }
 
-void convolve(const std::vector<Sums>& parts, const float* x, float* out, int64_t number,
-              ffi::ThreadPool& pool, bool alone) {
-  // Of a strided gradient the parts have one border, and share the copies.
-  const Image& image = parts[0].image;
+// Of a strided gradient there are several parts, which have one border and share the copies.
+void convolve(const Image& image, const std::vector<Sums>& parts, const float* x, float* out,
+              int64_t number, ffi::ThreadPool& pool, bool alone) {
   const int64_t group = group_of(parts[0].places, number), groups = (number + group - 1) / group;
   // Where there are fewer groups than threads, each takes a part of an image, and copies all of it.
   const int64_t threads = alone ? 1 : std::max<int64_t>(1, pool.num_threads());
@@ -147,13 +145,13 @@ ffi::Error Convolve(ffi::ThreadPool pool, Buffer x, Buffer w, Result y, int64_t 
   if (c.outputs % kBlock) return refused();
   if (y->element_count() == 0) return ffi::Error::Success();
   const int64_t run = c.columns * c.channels, length = c.rows * run;
-  std::vector<Sums> parts{{c.padded(), c.patches(), Room(w.element_count()), c.rows, run, c.outputs,
+  std::vector<Sums> parts{{c.patches(), Room(w.element_count()), c.rows, run, c.outputs,
                            c.out_height * c.out_width * c.outputs}};
   float* to = parts[0].weights.data();
   for (int64_t k = 0; k < c.outputs; k += kBlock)
     for (int64_t r = 0; r < length; r++, to += kBlock)
       std::memcpy(to, w.typed_data() + r * c.outputs + k, sizeof(float) * kBlock);
-  convolve(parts, x.typed_data(), y->typed_data(), x.dimensions()[0], pool, alone);
+  convolve(c.padded(), parts, x.typed_data(), y->typed_data(), x.dimensions()[0], pool, alone);
   return ffi::Error::Success();
 }
 
@@ -195,7 +193,7 @@ ffi::Error ImageGradient(ffi::ThreadPool pool, Buffer g, Buffer w, Result x, int
   for (int64_t a = 0; a < std::min(down, c.height); a++)
     for (int64_t b = 0; b < std::min(right, c.width); b++) {
       const Phase y = phase_of(a, top, down, c.rows), q = phase_of(b, left, right, c.columns);
-      Sums s{image, {}, Room(y.taps * q.taps * c.outputs * c.channels), y.taps, q.taps * c.outputs,
+      Sums s{{}, Room(y.taps * q.taps * c.outputs * c.channels), y.taps, q.taps * c.outputs,
              c.channels, c.height * c.width * c.channels};
       for (int64_t h = a; h < c.height; h += down)
         for (int64_t v = b; v < c.width; v += right) {
@@ -215,7 +213,7 @@ ffi::Error ImageGradient(ffi::ThreadPool pool, Buffer g, Buffer w, Result x, int
           }
       parts.push_back(std::move(s));
     }
-  convolve(parts, g.typed_data(), x->typed_data(), g.dimensions()[0], pool, alone);
+  convolve(image, parts, g.typed_data(), x->typed_data(), g.dimensions()[0], pool, alone);
   return ffi::Error::Success();
 }
 
