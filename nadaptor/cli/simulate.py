@@ -115,15 +115,13 @@ def simulate_command(
     if checkpoint.is_file():
         options["--mode"] = None if mode == "snn" else mode
         refuse_idle(options, "with an artefact, which has its own")
-        out = checkpoint.parent / f"simulation-{split}-exported" if out is None else out
-        _check_places(out, None)
+        out = _place(out, checkpoint, f"simulation-{split}-exported")
         measured = simulate_exported(checkpoint, split, dataset, data_dir, num_images)
         return write_exported(measured, out)
     refuse_idle({"--dataset": dataset}, "without an artefact of nadaptor export")
     if mode == "ann":
         refuse_idle(options, "with --mode ann, which has no time steps")
-        out = checkpoint.parent / f"simulation-{split}-ann" if out is None else out
-        _check_places(out, None)
+        out = _place(out, checkpoint, f"simulation-{split}-ann")
         say("compiling the network")
         return write_ann(measure_ann(open_snn(checkpoint), split, data_dir, num_images), out)
     if insight.report is None:
@@ -132,13 +130,13 @@ def simulate_command(
         refuse_idle({"--correction-steps": correction_steps}, f"with --correction {correction}")
     count = 32 if num_steps is None else check_count(num_steps, "num_steps")
     steps = 4 if correction_steps is None else correction_steps
-    spikes = (snn := open_snn(checkpoint)).spikes.override(coding)
+    snn = open_snn(checkpoint)
+    spikes = snn.spikes.override(coding)
     inference = get_inference(correction, steps, *spikes, fast_convolution, events)
     # With sums there is no correction.
     used = "sum" if spikes.coding == "sum" else correction
     ending = "" if used == "none" else f"-{used}"
-    out = checkpoint.parent / f"simulation-{split}{ending}" if out is None else out
-    _check_places(out, insight.report)
+    out = _place(out, checkpoint, f"simulation-{split}{ending}", insight.report)
     say(f"compiling the simulation of {inference.total_steps(count)} steps")
     measured = measure(snn, count, split, inference, data_dir, num_images, confidence)
     write_report(measured, out)
@@ -146,7 +144,9 @@ def simulate_command(
         write_insight(snn, measured, inference, insight.report, data_dir, table=insight.table)
 
 
-def _check_places(out: Path, report: Path | None) -> None:
-    """Before all the work, not after it; a folder is made when there is something to write."""
+def _place(out: Path | None, checkpoint: Path, name: str, report: Path | None = None) -> Path:
+    """The folder for the files, checked before all the work, and made with the first of them."""
+    out = checkpoint.parent / name if out is None else out
     for folder in (out, report or out):
         check_place(folder)
+    return out
