@@ -12,6 +12,7 @@ round. Memory is that of the compiled step on all devices, without the state.
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from benchmarks.torch_process import TorchProcess
 from nadaptor._files import write_csv, write_json
 from nadaptor._provenance import machine
 from nadaptor.cli.command import spread_over_cores
+from nadaptor.cli.pages import take_huge_pages
 from nadaptor.configs.build import build_model, build_optimizer
 from nadaptor.configs.config import Config, Dtype, Prng, replace
 from nadaptor.data.registry import get_spec
@@ -248,4 +250,6 @@ def _name(activation: Activation, prng: Prng) -> str:
 if __name__ == "__main__":
     import tyro
 
+    # As train.py does; torch's process has what this one has.
+    take_huge_pages(sys.argv[1:], "train")
     run(tyro.cli(Options))

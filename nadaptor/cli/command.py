@@ -13,6 +13,7 @@ import jax
 
 from nadaptor._checks import check_local, check_name
 from nadaptor.cli.failures import end
+from nadaptor.cli.pages import take_huge_pages
 from nadaptor.cli.supervised import is_to_be_supervised, supervise
 from nadaptor.parallel import NumDevices
 
@@ -26,7 +27,8 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
     exit code, as `nadaptor.cli.failures` says. Any other error is a defect and keeps its traceback.
 
     What jax compiles is kept for the next command in ~/.cache/nadaptor/xla, or where the user's
-    JAX_COMPILATION_CACHE_DIR says; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
+    JAX_COMPILATION_CACHE_DIR says; JAX_ENABLE_COMPILATION_CACHE=false turns that off. A command
+    that trains starts once more with huge pages, where Linux has them for who asks.
 
     Args:
         main: the command; it is given the words after the program's name.
@@ -35,6 +37,7 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
         if is_to_be_supervised(sys.argv[1:]):
             # Python's own options, such as -m, are in orig_argv alone.
             sys.exit(supervise([sys.executable, *sys.orig_argv[1:]], Path(sys.argv[0]).name))
+        take_huge_pages(sys.argv[1:])
         _keep_compiled()
         _refuse_urls(sys.argv[1:])
         main(sys.argv[1:])
