@@ -150,6 +150,15 @@ def test_a_run_keeps_the_cpus_that_it_began_on_where_they_are_there_and_none_are
     assert choose_devices("auto", 99, before=99).total == 3
 
 
+def test_a_cpu_device_that_would_have_few_pixels_is_left_out():
+    """Of its own accord alone, and not where a run has begun with it."""
+    count = {pixels: choose_devices("auto", 64, pixels=pixels).total for pixels in (1, 8191, 8192)}
+    assert count == {1: 1, 8191: 1, 8192: 2}
+    assert choose_devices("auto", 62, pixels=10**9).total == 2
+    assert choose_devices("auto", 64, before=8, pixels=1).total == 8
+    assert choose_devices(2, 64, pixels=1).total == 2
+
+
 def test_devices_are_said_in_words():
     assert [str(choose_devices(n)) for n in (1, 2)] == ["1 CPU device", "2 CPU devices"]
 

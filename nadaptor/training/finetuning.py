@@ -8,6 +8,7 @@ weights, the biases and the thresholds learn.
 import contextlib
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,16 @@ def fine_tune(
     parent = load_card(source, "snn")
     images = open_split(config.data, "train", data_dir, known=parent.get("data"))
     size = check_count(tuning.batch_size, "batch_size")
-    devices = choose_devices(num_devices, size)
+    num_steps = check_count(tuning.num_steps, "num_steps")
+    # Each step of time passes all of them.
+    pixels = num_steps * size * math.prod(images.spec.image_shape[:2])
+    devices = choose_devices(num_devices, size, pixels=pixels)
     check_batch(size, 1, devices)
     epoch_steps = steps_per_epoch(images.size, size)
     total = check_count(tuning.epochs, "epochs") * epoch_steps
     schedule = optax.cosine_decay_schedule(tuning.learning_rate, total)
     optimizer = optax.sgd(schedule, momentum=tuning.momentum)
     params = jax.tree.map(jnp.asarray, variables["params"])
-    num_steps = check_count(tuning.num_steps, "num_steps")
     update = functools.partial(_update, model, optimizer, num_steps, images.spec, devices.axis_name)
     # Of (state, images, labels); there is no key, because nothing in a step is drawn.
     placed = place_step(update, devices, "pmap", (False, True, True))

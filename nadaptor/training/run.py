@@ -3,6 +3,7 @@
 It is built once; who trains, resumes or measures takes from it the placed step and the batches.
 """
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,15 +119,17 @@ def open_run(
     if options.snapshot_steps is not None:
         check_count(options.snapshot_steps, "snapshot_steps")
     size, parts = config.step.batch_size, config.step.micro_batches
-    # What devices share is a micro-batch; `check_batch` refuses one of no images.
-    devices = choose_devices(options.num_devices, max(1, size // parts), before)
-    check_batch(size, parts, devices)
     validation = images
     if images is None or validation is None:
         images, validation = (
             open_split(config.data, split, options.data_dir) for split in ("train", "validation")
         )
-    epoch_steps = steps_per_epoch(images.size, config.step.batch_size)
+    # What devices share is a micro-batch; `check_batch` refuses one of no images.
+    shared = max(1, size // parts)
+    pixels = shared * math.prod(images.spec.image_shape[:2])
+    devices = choose_devices(options.num_devices, shared, before, pixels)
+    check_batch(size, parts, devices)
+    epoch_steps = steps_per_epoch(images.size, size)
     total_steps = config.epochs * epoch_steps
     step = build_step(config, images.spec, total_steps, devices.axis_name)
     return Run(

@@ -59,7 +59,7 @@ def test_a_run_on_two_devices_is_that_on_one_and_is_resumed_on_two(tiny, tmp_pat
     """Equal to the rounding of sums; the number of devices stands in card and snapshots."""
     sizes = {"epochs": 1, "batch_size": 62, "train_size": 124}
     config = replace(parent_of(tiny), name="x", **sizes)
-    one, two = (Options(num_devices=count) for count in (1, "auto"))
+    one, two = (Options(num_devices=count) for count in (1, 2))
     cards = []
     for options in (one, two):
         checkpoint = train(config, tmp_path / str(options.num_devices), options)
@@ -72,7 +72,7 @@ def test_a_run_on_two_devices_is_that_on_one_and_is_resumed_on_two(tiny, tmp_pat
         (one, "1 CPU device; it was with devices 2"),
     ):
         shutil.rmtree(checkpoint)
-        train(config, tmp_path / "auto", options)
+        train(config, tmp_path / "2", options)
         assert f"x: resumed at step 2 of 2 on {words}" in capsys.readouterr().out
 
 
