@@ -12,6 +12,7 @@ from flax import traverse_util
 
 from nadaptor import quantize
 from nadaptor._files import making
+from nadaptor._provenance import free_bytes
 from nadaptor.calibration import (
     Calibration,
     Rule,
@@ -176,7 +177,21 @@ def _calibrate(
             nonaffine=nonaffine,
         )
 
-    return jax.jit(run)(variables, jnp.asarray(images))
+    compiled = jax.jit(run).lower(variables, images).compile()
+    _check_memory(compiled.memory_analysis(), len(images))
+    return compiled(variables, images)
+
+
+def _check_memory(needed: Any, count: int) -> None:
+    """Refuses what a CPU has no room for: the program would be killed, or end with a traceback."""
+    if needed is None or jax.default_backend() != "cpu":
+        return
+    wanted, free = needed.temp_size_in_bytes + needed.output_size_in_bytes, free_bytes()
+    if wanted > free:
+        raise ValueError(
+            f"to calibrate on {count} images takes {wanted / 1e9:.1f} GB of memory, of which "
+            f"{free / 1e9:.1f} GB are free; take fewer images, with --num-images"
+        )
 
 
 def _rule(options: CalibrationOptions) -> Rule:

@@ -1,15 +1,14 @@
 """What a run costs, before it is started: parameters, memory, and the time of a step."""
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from nadaptor._provenance import free_bytes
 from nadaptor.configs.config import Config, check_config
 from nadaptor.data.registry import open_split
 from nadaptor.data.source import Source
@@ -67,7 +66,7 @@ def dry_run(config: Config, options: Options) -> Cost:
     seconds = None
     # All devices of a CPU have one memory.
     needed = (temporary or 0) * len(run.devices.local)
-    if run.devices.local[0].platform != "cpu" or needed < _free_bytes():
+    if run.devices.local[0].platform != "cpu" or needed < free_bytes():
         state = placed.replicate(jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes))
         seconds = _step_seconds(compiled, state, inputs)
     cost = Cost(parameters, _bytes(shapes), temporary, compile_seconds, seconds, run.total_steps)
@@ -77,16 +76,6 @@ def dry_run(config: Config, options: Options) -> Cost:
 
 def _bytes(shapes: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-
-
-def _free_bytes() -> int:
-    """The memory that is left here: a process that takes more is killed, and says nothing."""
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError):
-        # Without /proc all the memory that there is stands for what is free.
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _step_seconds(step: Callable[..., Any], state: Any, inputs: tuple[Any, ...]) -> float | None:

@@ -82,6 +82,17 @@ def test_calibrated_biases_help_a_network_of_few_steps(source):
     assert error(True) < error(False)
 
 
+def test_more_images_than_the_memory_holds_are_refused_before_they_are_computed(monkeypatch):
+    model = create("digits_resnet8", 10, norm=None)
+    images = np.zeros((4, 8, 8, 1), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    variables = jax.tree.map(lambda x: jnp.ones(x.shape), variables)
+    free = "nadaptor.conversion.calibrate.free_bytes"
+    monkeypatch.setattr(free, lambda: 1000)
+    with pytest.raises(ValueError, match=r"on 4 images takes .* fewer images, with --num-images"):
+        calibrate_model(model, variables, images, CalibrationOptions("max"))
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A checkpoint of random weights, whose config has every data field that can differ."""

@@ -179,7 +179,7 @@ def test_a_dry_run_says_what_the_run_costs_and_writes_nothing(small, tmp_path, m
 
 
 def test_a_dry_run_of_what_does_not_fit_here_says_all_but_the_time(small, monkeypatch, capsys):
-    monkeypatch.setattr("nadaptor.training.dry_run._free_bytes", lambda: 0)
+    monkeypatch.setattr("nadaptor.training.dry_run.free_bytes", lambda: 0)
     cost = dry_run(small, DEFAULT)
     assert cost.step_seconds is None
     assert cost.temporary_bytes > 0
