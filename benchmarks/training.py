@@ -6,8 +6,9 @@ over those of torch's best setting, with ReLUs, and the noisy step's time over L
 step is the whole of it, on the devices that `train.py` takes by default, the state donated:
 normalisation, forward, backward and SGD; random images, not augmented. torch runs eagerly and
 compiled, in both layouts, in a process of its own (see `benchmarks.torch_training`). Every
-competitor runs once a round, in turn; a ratio is the median over rounds of the ratio within a
-round. Memory is that of the compiled step on all devices, without the state.
+competitor runs two steps a round, in turn, and its second is timed; a ratio is the median over
+rounds of the ratio within a round. Memory is that of the compiled step on all devices, without the
+state.
 """
 
 import dataclasses
@@ -126,7 +127,7 @@ def time_cell(
         return time.process_time() + torch.processor_time()
 
     clock = processor_time if options.processor_time else time.perf_counter
-    seconds = in_turn(calls, rounds, warmup=1 if options.quick else 2, clock=clock)
+    seconds = in_turn(calls, rounds, warmup=1 if options.quick else 2, clock=clock, lead_in=1)
     return [_row(cell, options.dtype, name, competitors, seconds) for name in seconds]
 
 

@@ -220,7 +220,8 @@ def test_the_list_of_commands_imports_none_of_them():
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True, text=True
     )
-    shared = [f"nadaptor.cli.{name}" for name in ("command", "failures", "main", "supervised")]
+    names = ("command", "failures", "main", "pages", "supervised")
+    shared = [f"nadaptor.cli.{name}" for name in names]
     assert done.stdout.splitlines()[-1] == str(shared)
 
 
