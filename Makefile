@@ -5,7 +5,7 @@ SHELL := /bin/bash
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3 python,$(shell $(p) -c '$(USABLE)' >/dev/null 2>&1 && echo $(p))))
 BIN := .venv/bin
-# A third of a training step less on a CPU where Linux has huge pages for who asks; see README.md.
+# A training step is faster on a CPU where Linux has huge pages for who asks; see README.md.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: .venv demo test test-quick test-torch test-oldest test-newest docs results drills lint lock clean

@@ -1,7 +1,7 @@
 """Huge pages for a command that trains, which it can ask for at its very start alone.
 
 XLA takes the memory of a step from the system anew at each step on a CPU, hundreds of MiB, and the
-system clears it page by page when it is first touched: a third of ResNet-20's step. By pages of 2
+system clears it page by page when it is first touched: a good part of a step. By pages of 2
 MiB in place of 4 KiB that is nearly free. Where Linux gives them to those who ask, glibc asks if
 `GLIBC_TUNABLES` says so when a program starts; so the program is started again in its own place.
 """
