@@ -14,7 +14,7 @@ import jax
 from nadaptor._checks import check_local, check_name
 from nadaptor.cli.failures import end
 from nadaptor.cli.pages import take_huge_pages
-from nadaptor.cli.supervised import is_to_be_supervised, supervise
+from nadaptor.cli.supervised import is_to_be_supervised, own_command, supervise
 from nadaptor.parallel import NumDevices
 
 T = TypeVar("T")
@@ -34,9 +34,9 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
         main: the command; it is given the words after the program's name.
     """
     try:
-        if is_to_be_supervised(sys.argv[1:]):
-            # Python's own options, such as -m, are in orig_argv alone.
-            sys.exit(supervise([sys.executable, *sys.orig_argv[1:]], Path(sys.argv[0]).name))
+        command = own_command(sys.argv[1:])
+        if command is not None and is_to_be_supervised(sys.argv[1:]):
+            sys.exit(supervise(command, Path(sys.argv[0]).name))
         take_huge_pages(sys.argv[1:])
         _keep_compiled()
         _refuse_urls(sys.argv[1:])

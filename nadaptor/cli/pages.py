@@ -1,8 +1,8 @@
 """Huge pages for a command that trains, which it can ask for at its very start alone.
 
 XLA takes the memory of a step from the system anew at each step on a CPU, hundreds of MiB, and the
-system clears it page by page when it is first touched: a good part of a step. By pages of 2
-MiB in place of 4 KiB that is nearly free. Where Linux gives them to those who ask, glibc asks if
+system clears it page by page when it is first touched: a good part of a step. By pages of 2 MiB in
+place of 4 KiB that is nearly free. Where Linux gives them to those who ask, glibc asks if
 `GLIBC_TUNABLES` says so when a program starts; so the program is started again in its own place.
 """
 
@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from nadaptor.cli.supervised import own_command
 
 TUNABLES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _TRAINING = {"train", "study", "finetune", "demo"}
@@ -26,10 +28,10 @@ def take_huge_pages(words: Sequence[str], called: str | None = None) -> None:
         words: what follows the program's name.
         called: its name or path, if another than that by which it was started.
     """
-    # A command that another program calls has that one's words.
-    whole = sys.orig_argv[len(sys.orig_argv) - len(words) :] == list(words)
-    if whole and wants_huge_pages(called or sys.argv[0], words, os.environ) and _on_request():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **TUNABLES})
+    command = own_command(words)
+    wanted = wants_huge_pages(called or sys.argv[0], words, os.environ) and _on_request()
+    if command is not None and wanted:
+        os.execve(sys.executable, command, {**os.environ, **TUNABLES})
 
 
 def wants_huge_pages(called: str, words: Sequence[str], environment: Mapping[str, str]) -> bool:

@@ -37,9 +37,20 @@ _PR_SET_PDEATHSIG = 1
 def is_to_be_supervised(words: Sequence[str]) -> bool:
     """Says whether a command is one of several processes, and is not watched already."""
     asked = any(word.partition("=")[0] == "--coordinator" for word in words)
-    # Of a command that is called from another program, that one would be started again.
-    whole = sys.orig_argv[len(sys.orig_argv) - len(words) :] == list(words)
-    return asked and whole and _CHILD not in os.environ
+    return asked and _CHILD not in os.environ
+
+
+def own_command(words: Sequence[str]) -> list[str] | None:
+    """Returns what starts this program again, or None where another program calls a command.
+
+    Args:
+        words: what follows the command's name.
+    """
+    # That other program would be started again.
+    if sys.orig_argv[len(sys.orig_argv) - len(words) :] != list(words):
+        return None
+    # Python's own options, such as -m, are in orig_argv alone.
+    return [sys.executable, *sys.orig_argv[1:]]
 
 
 def supervise(command: Sequence[str], name: str) -> int:
