@@ -1,6 +1,6 @@
 # Each target sets up .venv first: a fresh machine needs make, Python 3.11 or 3.12 and a package index.
 SHELL := /bin/bash
-# Python 3.11 first: its jax, the oldest that is supported, compiles the tests in two thirds of the time.
+# Python 3.11 first: for its jax, conftest.py has a flag by which the tests compile faster.
 # Run, not looked up: a shim on the path may stand for a Python that is not installed.
 USABLE := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3 python,$(shell $(p) -c '$(USABLE)' >/dev/null 2>&1 && echo $(p))))

@@ -21,8 +21,8 @@ def in_turn(
     A call has to wait for its own result. No round begins once the budget of seconds is spent:
     calls so long that the warm-up spends it are timed there. On a busy machine a clock of the
     processor's time tells more than that on the wall, where one core does all the work. With a
-    lead-in a call is made so many times untimed right before: a virtual machine gives back memory
-    that nobody used for two seconds, and the first step after others' pays for it.
+    lead-in a call is made so many times untimed right before: the first after others' may pay for
+    memory and caches that a steady run keeps.
     """
     names, start, turns = list(calls), time.perf_counter(), []
     for i in range(warmup + rounds):
