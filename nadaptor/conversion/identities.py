@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from nadaptor import simulate, spiking
+from nadaptor._execution.once import jit_by_size
 from nadaptor.configs.inference import RATES, Spikes
 from nadaptor.models import ClippedRelu, Lsq
 
@@ -202,7 +203,7 @@ def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sqrt(((a - b) ** 2).mean() / ((b - b.mean(-1, keepdims=True)) ** 2).mean())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jit_by_size, 3, static_argnums=(0, 1))
 def _layer_error(folded: nn.Module, spikes: Spikes, variables: Any, images: jax.Array) -> jax.Array:
     """Of all layers, each fed with the analog values of the ones before."""
     net = spiking(folded.apply, variables, images, **spikes._asdict())
@@ -224,13 +225,13 @@ def _layer_error(folded: nn.Module, spikes: Spikes, variables: Any, images: jax.
     return jnp.stack(errors).max()
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit_by_size, 2, static_argnums=0)
 def _logits(model: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
     logits: Any = model.apply(variables, images)
     return logits
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="num_steps")
+@functools.partial(jit_by_size, 3, static_argnums=(0, 1), static_argnames="num_steps")
 def _outputs(
     model: nn.Module, spikes: Spikes, variables: Any, images: jax.Array, *, num_steps: int
 ) -> tuple[jax.Array, jax.Array | None]:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from nadaptor._checks import check_count
+from nadaptor._execution.once import jit_once
 from nadaptor.configs.build import build_model, build_optimizer
 from nadaptor.configs.config import Config, check_config, to_json
 from nadaptor.conversion.origin import read_file, replaced_pools
@@ -162,7 +163,7 @@ def first_state(run: Run, pretrained: Any | None) -> TrainState:
     # Ends the threads, which are making the next batches already.
     stream.close()
     spec = run.images.spec
-    images = jax.jit(lambda k, x: augment_batch(k, x, spec, config.step.augmentation))(
+    images = jit_once(lambda k, x: augment_batch(k, x, spec, config.step.augmentation))(
         keys.first_batch, first.images
     )
     return init_state(
@@ -205,7 +206,7 @@ def read_weights(run: Run, path: Path) -> tuple[Any, dict[str, str]]:
 
     one = jnp.zeros((1, *run.images.spec.image_shape), jnp.float32)
     # The values serve a new head alone; for everything else the file has its own.
-    random = jax.jit(run.model.init)(run.keys.start, one)
+    random = jit_once(run.model.init)(run.keys.start, one)
     variables = read_file(
         path,
         run.config,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nadaptor._execution.once import jit_once
 from nadaptor.models import start_scales
 
 
@@ -56,9 +57,9 @@ def init_state(
     """
     if pretrained is None:
         # With stored moments, still 0 and 1, the scales would silence deep layers.
-        variables = jax.jit(lambda k, x: model.init(k, x, train=True))(key, images)
+        variables = jit_once(lambda k, x: model.init(k, x, train=True))(key, images)
     else:
-        variables = jax.jit(lambda v, x, k: start_scales(model, v, x, k, train=True))(
+        variables = jit_once(lambda v, x, k: start_scales(model, v, x, k, train=True))(
             pretrained, images, key
         )
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
@@ -68,4 +69,4 @@ def init_state(
         return optimizer.init(params), jax.tree.map(jnp.copy, params) if averaged else None
 
     # As one program, and not one for each shape of a leaf.
-    return TrainState(jnp.int32(0), params, batch_stats, *jax.jit(beside)(params))
+    return TrainState(jnp.int32(0), params, batch_stats, *jit_once(beside)(params))
