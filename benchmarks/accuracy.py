@@ -18,10 +18,10 @@ from benchmarks.networks import Network, load
 from benchmarks.simulator import read
 from nadaptor._files import write_csv
 from nadaptor._provenance import machine
-from nadaptor.cli.command import use_every_core
 from nadaptor.conversion.convert import load_snn
 from nadaptor.data.loader import load_images
 from nadaptor.data.registry import open_split
+from nadaptor.parallel.cores import use_every_core
 from nadaptor.reports.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"

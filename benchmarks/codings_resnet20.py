@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from nadaptor._files import write_csv, write_json
 from nadaptor._provenance import provenance
-from nadaptor.cli.command import use_every_core
 from nadaptor.configs.inference import CorrectionName, Spikes, get_inference
 from nadaptor.configs.named import get_config
 from nadaptor.conversion.origin import Weights
 from nadaptor.conversion.quantized import QuantizeOptions, convert_quantized
 from nadaptor.evaluation.report import simulate_checkpoint
 from nadaptor.neurons import Coding
+from nadaptor.parallel.cores import use_every_core
 
 SHOWN = (1, 2, 4, 6, 8, 10, 12, 16, 24)
 # A row has reached the quantized accuracy where it stays within so much below it.

@@ -16,6 +16,7 @@ from nadaptor.cli.failures import end
 from nadaptor.cli.pages import take_huge_pages
 from nadaptor.cli.supervised import is_to_be_supervised, own_command, supervise
 from nadaptor.parallel import NumDevices
+from nadaptor.parallel.cores import use_every_core
 
 T = TypeVar("T")
 
@@ -50,22 +51,6 @@ def run_command(main: Callable[[Sequence[str]], object]) -> None:
         raise
     except KeyboardInterrupt as error:
         end(error)
-
-
-def use_every_core() -> bool:
-    """Gives jax a CPU device for each core, where the user does not say how many.
-
-    XLA shares small operations among cores badly or not at all; a device for each core computes
-    images of its own. Call it before jax is first used.
-
-    Returns:
-        Whether it did; the user says it by XLA_FLAGS or JAX_NUM_CPU_DEVICES.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    said = "xla_force_host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ
-    if not said:
-        jax.config.update("jax_num_cpu_devices", _cores())
-    return not said
 
 
 def spread_over_cores(num_devices: NumDevices) -> NumDevices:
@@ -258,8 +243,3 @@ def _keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "nadaptor" / "xla"))
         # Small networks are a hundred programs of less than a second, jax's own limit.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _cores() -> int:
-    # Not every system can bind a process to some of its cores.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,14 +12,7 @@ from typing import Annotated
 import tyro
 
 from nadaptor._files import check_place
-from nadaptor.cli.command import (
-    changed,
-    check_weights,
-    program,
-    read_words,
-    refuse_idle,
-    use_every_core,
-)
+from nadaptor.cli.command import changed, check_weights, program, read_words, refuse_idle
 from nadaptor.configs.config import Config, replace
 from nadaptor.configs.inference import Spikes
 from nadaptor.configs.named import get_config
@@ -31,6 +24,7 @@ from nadaptor.data.config import Normalization
 from nadaptor.evaluation.insight import report_conversion
 from nadaptor.models.layers import Pool
 from nadaptor.neurons import Coding
+from nadaptor.parallel.cores import use_every_core
 from nadaptor.transformation import Nonaffine
 
 

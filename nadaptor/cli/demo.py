@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from nadaptor.cli.command import program, read_words, spread_over_cores
 from nadaptor.parallel import NumDevices
+from nadaptor.parallel.cores import cores
 from nadaptor.studies.demo import STUDY, run_demo
 from nadaptor.training.options import Options
 
@@ -28,6 +31,7 @@ def demo_command(
     workdir: Path = Path("runs/demo"),
     out: Path | None = None,
     num_devices: NumDevices = None,
+    workers: int | None = None,
 ) -> None:
     """Trains, converts and simulates the digits ResNet with and without the noise adaptor.
 
@@ -39,7 +43,11 @@ def demo_command(
         out: Folder for table.csv, report.json and accuracy.png; by default "results" in workdir.
         num_devices: Devices to train on; by default all accelerators, or as many CPU devices, one
             per core, as divide the batch.
+        workers: Processes that share the networks, each with its part of the cores; by default one
+            per core on a CPU, but no more than seeds, and one with accelerators.
     """
     options = Options(num_devices=spread_over_cores(num_devices))
     study = dataclasses.replace(STUDY, seeds=seeds)
-    run_demo(study, workdir, out or workdir / "results", options)
+    if workers is None:
+        workers = min(len(cores()), seeds) if jax.default_backend() == "cpu" else 1
+    run_demo(study, workdir, out or workdir / "results", options, workers)

@@ -9,7 +9,7 @@ import tyro
 
 from nadaptor._checks import check_count
 from nadaptor._files import check_place
-from nadaptor.cli.command import changed, program, read_words, refuse_idle, say, use_every_core
+from nadaptor.cli.command import changed, program, read_words, refuse_idle, say
 from nadaptor.configs.inference import TWO_STAGES, CorrectionName, get_inference
 from nadaptor.conversion.convert import open_snn
 from nadaptor.evaluation.exported import simulate_exported, write_exported
@@ -17,6 +17,7 @@ from nadaptor.evaluation.insight import write_insight
 from nadaptor.evaluation.report import measure, measure_ann, write_ann, write_report
 from nadaptor.neurons import Coding
 from nadaptor.operations import EnergyTable
+from nadaptor.parallel.cores import use_every_core
 
 Mode = Literal["snn", "ann"]
 

@@ -20,8 +20,9 @@ from nadaptor.cli.command import (
 )
 from nadaptor.configs.inference import TWO_STAGES
 from nadaptor.studies.named import STUDIES
-from nadaptor.studies.study import FIXED_LEVELS, Study, run_study
+from nadaptor.studies.study import FIXED_LEVELS, Study
 from nadaptor.studies.table import write_study
+from nadaptor.studies.workers import share_study
 from nadaptor.training.options import Options
 
 
@@ -36,6 +37,8 @@ class StudyCommand:
     workdir: Path
     # Folder for the CSV file, the table and the plots; by default "results" in workdir.
     out: Path | None = None
+    # Processes of this machine that share the cells, each with its part of the cores; for CPUs.
+    workers: int = 1
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -45,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the words after the command.
 
     Raises:
-        ValueError: as `run_study`, there is no study of that name, or an option would do nothing.
+        ValueError: as `share_study`, there is no study of that name, or an option would do nothing.
     """
     asked = parse_named(
         {name: _command(name, make) for name, make in STUDIES.items()},
@@ -58,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     check_weights(asked.options.init_from)
     count = spread_over_cores(asked.options.num_devices)
     options = dataclasses.replace(asked.options, num_devices=count)
-    cells = run_study(asked.study, asked.workdir, options)
+    cells = share_study(asked.study, asked.workdir, options, asked.workers)
     write_study(asked.study, cells, asked.workdir / "results" if asked.out is None else asked.out)
 
 

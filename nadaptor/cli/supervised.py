@@ -6,7 +6,6 @@ words. No handler can stop that; so the command runs as a child of one that only
 signals on, and says in one line what came of it.
 """
 
-import ctypes
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from nadaptor.errors import ENDING
+from nadaptor.parallel.cores import end_with_parent
 
 # In its environment, a child finds that it is one.
 _CHILD = "NADAPTOR_SUPERVISED"
@@ -30,8 +30,6 @@ _FATAL = re.compile(rb"F\d{4} |terminate called|\*\*\* Check failure|Fatal Pytho
 _IDLE = re.compile(rb"\[Gloo\] Rank|E\d{4} .*slow_operation_alarm|\*{32}$|\[Compiling module |\n")
 # What a process outlives by so long did not end it, and is passed on.
 _HELD_SECONDS = 10
-# Of Linux's prctl.h.
-_PR_SET_PDEATHSIG = 1
 
 
 def is_to_be_supervised(words: Sequence[str]) -> bool:
@@ -67,7 +65,7 @@ def supervise(command: Sequence[str], name: str) -> int:
         stderr=subprocess.PIPE,
         # So that Ctrl-C reaches it once, through this process.
         start_new_session=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
     for number in ENDING:
         # One that is ignored, as SIGHUP is under nohup, is so in the child, too.
@@ -108,8 +106,3 @@ def _pass_on(stream: IO[bytes]) -> list[bytes]:
 def _write(lines: Sequence[bytes]) -> None:
     sys.stderr.buffer.writelines(lines)
     sys.stderr.flush()
-
-
-def _end_with_parent() -> None:
-    """Has this process told to end when its parent is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

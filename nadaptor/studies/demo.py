@@ -16,7 +16,8 @@ from nadaptor.checkpoints.checkpoint import versions
 from nadaptor.errors import RunError
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown
-from nadaptor.studies.study import Method, Study, run_study
+from nadaptor.studies.study import Method, Study
+from nadaptor.studies.workers import share_study
 from nadaptor.training.options import DEFAULT, Options
 
 ROWS: Mapping[Method, str] = {"lsq": "without", "noise_adaptor": "with"}
@@ -25,7 +26,9 @@ STUDY = Study(
 )
 
 
-def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT) -> None:
+def run_demo(
+    study: Study, workdir: Path, out: Path, options: Options = DEFAULT, workers: int = 1
+) -> None:
     """Trains, converts and simulates the digits ResNet with and without the noise adaptor.
 
     Prints one table of test accuracies, and saves it with the plot over all time steps.
@@ -35,9 +38,10 @@ def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT)
         workdir: folder of the runs; what is there from an earlier demo is not trained again.
         out: folder for table.csv, report.json and accuracy.png.
         options: where to read and run.
+        workers: processes that share the networks.
 
     Raises:
-        ValueError: there are fewer than 2 seeds.
+        ValueError: there are fewer than 2 seeds, or cores than workers.
         RunError: a network failed.
     """
     if study.seeds < 2:
@@ -45,7 +49,7 @@ def run_demo(study: Study, workdir: Path, out: Path, options: Options = DEFAULT)
     check_place(out)
     started = time.perf_counter()
     reports: dict[str, list[Mapping[str, Any]]] = {row: [] for row in ROWS.values()}
-    for cell, measured in run_study(study, workdir, options).items():
+    for cell, measured in share_study(study, workdir, options, workers).items():
         if "failed" in measured:
             raise RunError(
                 f"{cell.network.name}, seed {cell.seed}: {measured['failed']}; the table is of all "

@@ -153,7 +153,7 @@ def _suffix(values: Iterable[tuple[str, Any]]) -> str:
     return "".join(f"-{v if isinstance(v, str) else f'{name}{v}'}" for name, v in values)
 
 
-def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
+def run_study(study: Study, workdir: Path, options: Options = DEFAULT, first: float = 0.0) -> Cells:
     """Trains, converts and simulates all of a study that is not there yet.
 
     Any number of processes that see one folder share a study: each takes a cell that no other
@@ -164,6 +164,8 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
         workdir: folder of the runs, `seedN/NETWORK`, and of `cells`; N has the model, width and
             number of training images behind it where they are axes.
         options: where each run reads and runs, and the file of weights it starts from.
+        first: which of the cells to begin with, as a fraction of all: workers that begin together
+            with one network would all compile the same programs.
 
     Returns:
         Each cell's measurement: `ann` and `ann_noisy`, accuracy of the quantized network with the
@@ -181,23 +183,36 @@ def run_study(study: Study, workdir: Path, options: Options = DEFAULT) -> Cells:
     for count, name in ((study.seeds, "seeds"), (study.num_steps, "num_steps")):
         check_count(count, name)
     deadline = Deadline(options.max_minutes)
-    cells = list(cells_of(study))
-    waiting = cells
-    while waiting := [c for c in waiting if not _make(c, study, workdir, options, deadline)]:
+    cells, said = list(cells_of(study)), set[Cell]()
+    begin = int(first * len(cells))
+    waiting = cells[begin:] + cells[:begin]
+    while waiting := [c for c in waiting if not _make(c, study, workdir, options, deadline, said)]:
         # Others hold these, or a network or parent of theirs.
         time.sleep(POLL_SECONDS)
     # From their files, because another process may have measured them.
     return {cell: _read(_path(workdir, study.split, cell), cell, study) for cell in cells}
 
 
-def _make(cell: Cell, study: Study, workdir: Path, options: Options, deadline: Deadline) -> bool:
-    """Measures a cell unless it is there; False where another process is at it."""
+def _make(
+    cell: Cell,
+    study: Study,
+    workdir: Path,
+    options: Options,
+    deadline: Deadline,
+    said: set[Cell],
+) -> bool:
+    """Measures a cell unless it is there; False where another process is at it.
+
+    `said` is of the cells that were named: one whose parent another process trains comes again.
+    """
     path = _path(workdir, study.split, cell)
     try:
         with hold(path):
             # Asked under the lock: another process may have just measured it.
             if not _is_measured(path, cell, study):
-                print(f"{cell.network.name}, {cell.correction}, seed {cell.seed}")
+                if cell not in said:
+                    print(f"{cell.network.name}, {cell.correction}, seed {cell.seed}")
+                    said.add(cell)
                 settings = _settings(cell, study)
                 # Raises where none are left, before a run is begun.
                 left = dataclasses.replace(options, max_minutes=deadline.minutes_left())

@@ -452,7 +452,7 @@ def test_a_door_keeps_what_it_compiles_where_the_user_says(users, monkeypatch, t
 
 def test_simulating_uses_every_core_or_what_the_user_says():
     script = (
-        "from nadaptor.cli.command import use_every_core; use_every_core();"
+        "from nadaptor.parallel.cores import use_every_core; use_every_core();"
         "import jax, os; print(len(jax.devices()), len(os.sched_getaffinity(0)))"
     )
 
