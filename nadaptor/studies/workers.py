@@ -17,13 +17,24 @@ import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
+
+import jax
 
 from nadaptor._checks import check_count
 from nadaptor.errors import ENDING, Interrupted, OutOfTimeError
 from nadaptor.parallel.cores import cores, end_with_parent, use_cores, use_every_core
 from nadaptor.studies.study import Cells, Study, run_study
 from nadaptor.training.options import DEFAULT, Deadline, Options
+
+
+class Part(NamedTuple):
+    """What makes one worker another than the others."""
+
+    number: int
+    workers: int
+    cores: list[int]
+    settings: dict[str, Any]  # jax's
 
 
 def share_study(study: Study, workdir: Path, options: Options = DEFAULT, workers: int = 1) -> Cells:
@@ -50,20 +61,28 @@ def share_study(study: Study, workdir: Path, options: Options = DEFAULT, workers
         return run_study(study, workdir, options)
     if workers > len(cores()):
         raise ValueError(f"workers must be at most {len(cores())}, one per core, not {workers}")
-    deadline = Deadline(options.max_minutes)
-    _run([(n, workers, cores()[n::workers], study, workdir, options) for n in range(workers)])
+    deadline, of_all = Deadline(options.max_minutes), (study, workdir, options)
+    _run([Part(n, workers, cores()[n::workers], _settings()) for n in range(workers)], of_all)
     options = dataclasses.replace(options, max_minutes=deadline.minutes_left())
     return run_study(study, workdir, options)
 
 
-def _run(parts: Sequence[tuple[int, int, list[int], Study, Path, Options]]) -> None:
+def _settings() -> dict[str, Any]:
+    """jax's settings, as the folder of what it compiles: a process that is started has none."""
+    plain = (bool, int, float, str, type(None))
+    return {name: value for name, value in jax.config.values.items() if isinstance(value, plain)}
+
+
+def _run(parts: Sequence[Part], of_all: tuple[Study, Path, Options]) -> None:
     """Starts a process for each part, hands signals on to them, and waits for their ends."""
     # Not by fork, which would copy a jax that is started, and not its threads.
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=part) for part in parts]
+    context, processes = multiprocessing.get_context("spawn"), list[BaseProcess]()
     with _handed_on(processes) as came:
-        for process in processes:
-            process.start()
+        for part in parts:
+            process = context.Process(target=_work, args=(part, *of_all))
+            if not came:
+                process.start()
+                processes.append(process)
         for process in processes:
             process.join()
     if came:
@@ -94,26 +113,29 @@ def _handed_on(processes: Sequence[BaseProcess]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _work(
-    number: int, count: int, own: list[int], study: Study, workdir: Path, options: Options
-) -> None:
-    """What a worker of so many does: a study, as any process that shares it."""
+def _work(part: Part, study: Study, workdir: Path, options: Options) -> None:
+    """What a worker does: a study, as any process that shares it."""
     # So that Ctrl-C reaches it once, through the parent.
     os.setsid()
     if sys.platform == "linux":
         end_with_parent()
     # Before jax starts its threads.
-    use_cores(own)
+    use_cores(part.cores)
+    for name, value in part.settings.items():
+        if jax.config.values.get(name) != value:
+            jax.config.update(name, value)
     use_every_core()
-    mark = f"[{number + 1}] "
+    mark = f"[{part.number + 1}] "
     with (
         contextlib.redirect_stdout(_Marked(sys.stdout, mark)),
         contextlib.redirect_stderr(_Marked(sys.stderr, mark)),
     ):
         try:
-            run_study(study, workdir, options, number / count)
+            run_study(study, workdir, options, part.number / part.workers)
         except (Interrupted, OutOfTimeError) as told:
             print(told)
+        except KeyboardInterrupt:
+            print("told to end; what was saved before stays")
         # Whatever it was, the parent meets it again, and says it.
         except Exception as error:
             print(f"ended by an error: {' '.join(str(error).split())}")

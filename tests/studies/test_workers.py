@@ -23,18 +23,22 @@ STUDY = Study(methods=("lsq",), levels=(2,), seeds=4, corrections=("none",))
 # Children import this file again, and so their cells are made up, too.
 SCRIPT = """
 import os, sys, time
+import jax
 from pathlib import Path
 from nadaptor.studies import study as grid
 from nadaptor.studies.study import Study
 from nadaptor.studies.workers import share_study
 
 def measure(cell, *_):
+    assert jax.config.jax_enable_x64 and jax.config.jax_compilation_cache_dir == "kept"
     print("cell", cell.seed, *os.sched_getaffinity(0), flush=True)
     {body}
     return dict(failed="made up")
 
 grid._measure = measure
 if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_compilation_cache_dir", "kept")
     study = Study(methods=("lsq",), levels=(2,), seeds=4, corrections=("none",))
     print("done", len(share_study(study, Path("s"), workers=2)))
 """
@@ -76,13 +80,9 @@ def test_what_workers_leave_that_were_killed_is_done_by_the_parent(tmp_path):
     killed = "cell.seed < 2 and __name__ == '__mp_main__' and os.kill(os.getpid(), 9)"
     said = lines(start(tmp_path, killed))
     assert said[-1] == "done 4"
-    # Twice each, the second time without a mark.
-    assert [line.split()[:2] for line in said if line.startswith("cell")] == [
-        ["cell", "0"],
-        ["cell", "1"],
-        ["cell", "2"],
-        ["cell", "3"],
-    ]
+    by_parent = [line.split()[1] for line in said if line.startswith("cell")]
+    by_workers = [line.split()[2] for line in said if "] cell" in line]
+    assert by_parent == ["0", "1"] and {"0", "2", "3"} <= set(by_workers)
 
 
 @needs_two_cores
@@ -99,7 +99,7 @@ def test_a_signal_reaches_the_workers_and_nothing_is_begun_after_it(tmp_path):
 
 def test_one_worker_is_this_process(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "_measure", lambda *_: {"failed": "made up"})
-    monkeypatch.setattr(workers, "_run", lambda _: pytest.fail("a process was started"))
+    monkeypatch.setattr(workers, "_run", lambda *_: pytest.fail("a process was started"))
     assert len(workers.share_study(STUDY, tmp_path)) == 4
 
 
@@ -107,7 +107,7 @@ def test_minutes_are_those_of_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "cores", lambda: [0, 1])
     now = [0.0]
     monkeypatch.setattr(options.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(workers, "_run", lambda _: now.__setitem__(0, 61.0))
+    monkeypatch.setattr(workers, "_run", lambda *_: now.__setitem__(0, 61.0))
     with pytest.raises(OutOfTimeError, match="the same command goes on"):
         workers.share_study(STUDY, tmp_path, Options(max_minutes=1), workers=2)
 
@@ -122,7 +122,7 @@ def test_more_workers_than_cores_are_refused(tmp_path):
 
 def test_an_error_of_a_worker_is_met_again(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "cores", lambda: [0, 1])
-    monkeypatch.setattr(workers, "_run", lambda _: None)
+    monkeypatch.setattr(workers, "_run", lambda *_: None)
     cells = tmp_path / "cells" / "validation"
     cells.mkdir(parents=True)
     monkeypatch.setattr(grid, "_measure", lambda *_: {"failed": "made up"})
