@@ -10,9 +10,10 @@ import numpy as np
 
 from nadaptor.checkpoints.checkpoint import load_checkpoint
 from nadaptor.configs.config import replace
+from nadaptor.conversion.calibrate import CalibrationOptions, calibrate_model
 from nadaptor.data.source import PHOTOGRAPHS
 from nadaptor.interop import load_pretrained
-from nadaptor.models import ClippedRelu, ResNet, create, fold_batch_norm, start_scales
+from nadaptor.models import ClippedRelu, Relu, ResNet, create, fold_batch_norm, start_scales
 from nadaptor.training import get_config, train
 from nadaptor.training.options import Options
 
@@ -30,7 +31,13 @@ class Network(NamedTuple):
     labels: np.ndarray
 
 
-def load(name: str, data_dir: Path, count: int, weights: Path | None = None) -> Network:
+def load(
+    name: str,
+    data_dir: Path,
+    count: int,
+    weights: Path | None = None,
+    percentile: float | None = None,
+) -> Network:
     """A trained ReLU network with each threshold at the maximum over training images.
 
     Args:
@@ -39,15 +46,22 @@ def load(name: str, data_dir: Path, count: int, weights: Path | None = None) -> 
         count: test images to read.
         weights: a checkpoint of `train.py`, or a torch or safetensors file; None for the published
             ResNet-20, and for a ResNet-18 trained here for 100 steps.
+        percentile: of a layer's positive values, for thresholds there and not at the maximum.
     """
     if weights is None and name == "resnet20":
         weights = data_dir / "weights/resnet20-12fca82f.th"
     model = create(f"cifar_{name}", 10, activation=ClippedRelu)
     train_images, _ = cifar10(data_dir, "train", CALIBRATION)
     variables = _read(model, weights or _briefly_trained(data_dir), train_images)
-    variables = start_scales(model, variables, jnp.asarray(train_images), jax.random.key(0))
     images, labels = cifar10(data_dir, "test", count)
-    return Network(model.clone(norm=None), fold_batch_norm(variables), images, labels)
+    folded = model.clone(norm=None)
+    if percentile is not None:
+        relus = folded.clone(activation=Relu)
+        rule = CalibrationOptions("percentile", percentile)
+        found = calibrate_model(relus, fold_batch_norm(variables), train_images, rule)
+        return Network(folded, found, images, labels)
+    variables = start_scales(model, variables, jnp.asarray(train_images), jax.random.key(0))
+    return Network(folded, fold_batch_norm(variables), images, labels)
 
 
 @functools.cache

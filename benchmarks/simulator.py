@@ -23,11 +23,14 @@ from benchmarks.networks import Network, accuracy, load
 from benchmarks.timing import fastest, in_turn, median, ratio
 from nadaptor._files import write_csv, write_json
 from nadaptor._provenance import machine
-from nadaptor.cli.command import use_every_core
+from nadaptor.parallel.cores import use_every_core
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "torch", "spikingjelly")
 NETWORKS = ("resnet18", "resnet20")
+# With thresholds at this percentile, behind the name of the network: for the share of spikes that a
+# calibrated network has, with which events are faster. Without the peers.
+CALIBRATED, PERCENTILE = " calibrated", 99.9
 Seconds = Mapping[str, list[float]]  # of each competitor, round by round
 
 
@@ -51,7 +54,9 @@ class Options:
     resnet18: Path | None = None
     # Only the cells of the last line; writes no files.
     quick: bool = False
-    # Images a cell.
+    # Networks whose cells to time; by default all.
+    networks: tuple[str, ...] = (*NETWORKS, *(name + CALIBRATED for name in NETWORKS))
+    # Images a cell; of calibrated networks 32.
     batches: tuple[int, ...] = (32, 100)
     # Rounds a cell.
     rounds: int = 7
@@ -70,7 +75,7 @@ def run(options: Options) -> None:
     quick = [Cell(machine(), "resnet18", 32, 4), Cell(machine(), "resnet20", 32, 16)]
     table, start = options.out / "simulator.csv", time.monotonic()
     rows = [] if options.quick or not table.exists() else read(table)
-    for cell in quick if options.quick else all_cells(options.batches):
+    for cell in quick if options.quick else all_cells(options):
         if time.monotonic() - start > 60 * options.minutes or cell in by_cell(rows):
             continue
         rows += time_cell(get(cell.network), cell, options, best_settings(rows, cell))
@@ -79,7 +84,7 @@ def run(options: Options) -> None:
             write_csv(table, rows)
             write_json(options.out / "simulator.json", summary(rows))
     found = {c: ratios(by_cell(rows)[c], c.T) for c in quick if c in by_cell(rows)}
-    if not options.quick:
+    if not options.quick and set(NETWORKS) <= set(options.networks):
         sizes = [
             {"network": n, "T": t, "temporary_mib": memory_mib(get(n), t)}
             for n in NETWORKS
@@ -90,13 +95,13 @@ def run(options: Options) -> None:
     print(_line({**line, "memory_T64_over_T4": memory_growth(get("resnet20"))}))
 
 
-def all_cells(batches: Sequence[int]) -> list[Cell]:
+def all_cells(options: Options) -> list[Cell]:
     """The whole table of this machine; T = 4 first, where the peers' settings are compared."""
     return [
         Cell(machine(), network, batch, steps)
-        for network in NETWORKS
-        for batch in batches
-        for steps in (4, 1, 16, 32)
+        for network in options.networks
+        for batch in ((32,) if network.endswith(CALIBRATED) else options.batches)
+        for steps in ((4, 16, 64) if network.endswith(CALIBRATED) else (4, 1, 16, 32))
     ]
 
 
@@ -131,7 +136,8 @@ def differing(outputs: np.ndarray, reference: np.ndarray) -> int:
 
 def ratios(seconds: Seconds, steps: int) -> dict[str, float]:
     """Ours against each peer's best setting, and against T passes of the ANN."""
-    peers = {name: seconds[fastest(seconds, name)] for name in ("spikingjelly", "limit", "qcfs")}
+    there = [n for n in ("spikingjelly", "limit", "qcfs") if any(n in name for name in seconds)]
+    peers = {name: seconds[fastest(seconds, name)] for name in there}
     passes = {"spikingjelly": 1, "limit": steps, "qcfs": 1}
     return {
         f"vs_{name}_{kind}": passes[name] * ratio(peer, seconds[f"ours {kind}"])
@@ -143,10 +149,12 @@ def ratios(seconds: Seconds, steps: int) -> dict[str, float]:
 
 def best_settings(rows: Sequence[Mapping[str, Any]], cell: Cell) -> set[str] | None:
     """The better layout of each competitor at batch 32 and T = 4; None before that is known."""
-    seconds = by_cell(rows).get(cell._replace(batch=32, T=4))
+    calibrated, network = cell.network.endswith(CALIBRATED), cell.network.removesuffix(CALIBRATED)
+    seconds = by_cell(rows).get(cell._replace(network=network, batch=32, T=4))
     if seconds is None:
         return None
     heads = {name.removesuffix(" NHWC").removesuffix(" NCHW") for name in seconds}
+    heads = {head for head in heads if "limit" in head} if calibrated else heads
     # "ours direct" is not to stand for "ours direct plain".
     return {fastest(seconds, head) for head in heads if "ours" not in head} | {
         name for name in OURS if "plain" not in name
@@ -194,7 +202,9 @@ def memory_growth(network: Network) -> float:
 
 
 def _load(name: str, options: Options) -> Network:
-    network = load(name, options.data_dir, 100, options.resnet18 if name == "resnet18" else None)
+    plain, percentile = name.removesuffix(CALIBRATED), PERCENTILE if CALIBRATED in name else None
+    weights = options.resnet18 if plain == "resnet18" else None
+    network = load(plain, options.data_dir, 100, weights, percentile)
     print(f"{name}: {accuracy(network):.0%} of 100 test images right as an ANN", flush=True)
     return network
 
