@@ -1,7 +1,7 @@
 """Programs that run once: compiled for a fast compilation, and not for a fast run.
 
-On a CPU LLVM vectorizes and unrolls the loops of a program, which takes three quarters of its
-compilation: worth it for a training step, and not for the first values of a network's weights.
+On a CPU LLVM vectorizes and unrolls the loops of a program, which takes up to three quarters of
+its compilation: worth it for a training step, and not for the first values of a network's weights.
 """
 
 import functools
@@ -24,7 +24,7 @@ _QUICK: dict[str, dict[str, Any]] = {
 
 
 def jit_once(function: Callable[P, R], **options: Any) -> Callable[P, R]:
-    """Is `jax.jit` for a function that is called once or twice with the same shapes.
+    """Is `jax.jit` for a function of little work that is called once or twice with the same shapes.
 
     Args:
         function: to be compiled.

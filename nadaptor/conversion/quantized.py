@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from nadaptor._execution.once import jit_once
 from nadaptor._files import making
 from nadaptor.configs.build import build_model
 from nadaptor.configs.config import Config, check_config, replace
@@ -67,7 +66,7 @@ def convert_quantized(
     check_spikes(config, classes, images.spec.image_shape, spikes)
     model = build_model(config, num_classes=classes)
     # With the stored moments of batch norm, which are those of a trained network.
-    start = jit_once(lambda v, x, key: start_scales(model, v, x, key))
+    start = jax.jit(lambda v, x, key: start_scales(model, v, x, key))
     variables = start(
         origin.variables, jnp.asarray(load_images(images).images), jax.random.key(config.seed)
     )

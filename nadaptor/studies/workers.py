@@ -53,7 +53,7 @@ def share_study(study: Study, workdir: Path, options: Options = DEFAULT, workers
         As `run_study`.
 
     Raises:
-        ValueError: as `run_study`, or there are fewer cores than workers.
+        ValueError: as `run_study`, there are fewer cores than workers, or accelerators.
         Interrupted: a signal came; the workers have said what is saved.
         OutOfTimeError: as `run_study`.
     """
@@ -61,6 +61,11 @@ def share_study(study: Study, workdir: Path, options: Options = DEFAULT, workers
         return run_study(study, workdir, options)
     if workers > len(cores()):
         raise ValueError(f"workers must be at most {len(cores())}, one per core, not {workers}")
+    if (platform := jax.default_backend()) != "cpu":
+        raise ValueError(
+            f"workers share the cores of a CPU, and here is a {platform}: start the command several"
+            " times, each with a device of its own"
+        )
     deadline, of_all = Deadline(options.max_minutes), (study, workdir, options)
     _run([Part(n, workers, cores()[n::workers], _settings()) for n in range(workers)], of_all)
     options = dataclasses.replace(options, max_minutes=deadline.minutes_left())
@@ -85,6 +90,9 @@ def _run(parts: Sequence[Part], of_all: tuple[Study, Path, Options]) -> None:
                 processes.append(process)
         for process in processes:
             process.join()
+    for part, process in zip(parts, processes, strict=False):
+        if process.exitcode and not came:
+            print(f"worker {part.number + 1} ended with exit code {process.exitcode}")
     if came:
         raise Interrupted("told to end, and so were the workers, which say what is saved", came[0])
 

@@ -11,6 +11,9 @@ import optax
 from nadaptor._execution.once import jit_once
 from nadaptor.models import start_scales
 
+# Elements of a batch of images.
+_FEW = 2**20
+
 
 class TrainState(NamedTuple):
     """The whole state of a run, a pytree: nothing else changes from step to step."""
@@ -57,9 +60,11 @@ def init_state(
     """
     if pretrained is None:
         # With stored moments, still 0 and 1, the scales would silence deep layers.
-        variables = jit_once(lambda k, x: model.init(k, x, train=True))(key, images)
+        # Random weights are little work and much to compile; scales are measured in all images.
+        compiled = jit_once if images.size < _FEW else jax.jit
+        variables = compiled(lambda k, x: model.init(k, x, train=True))(key, images)
     else:
-        variables = jit_once(lambda v, x, k: start_scales(model, v, x, k, train=True))(
+        variables = jax.jit(lambda v, x, k: start_scales(model, v, x, k, train=True))(
             pretrained, images, key
         )
     params, batch_stats = variables["params"], variables.get("batch_stats", {})

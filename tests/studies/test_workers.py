@@ -80,6 +80,7 @@ def test_what_workers_leave_that_were_killed_is_done_by_the_parent(tmp_path):
     killed = "cell.seed < 2 and __name__ == '__mp_main__' and os.kill(os.getpid(), 9)"
     said = lines(start(tmp_path, killed))
     assert said[-1] == "done 4"
+    assert "worker 1 ended with exit code -9" in said
     by_parent = [line.split()[1] for line in said if line.startswith("cell")]
     by_workers = [line.split()[2] for line in said if "] cell" in line]
     assert by_parent == ["0", "1"] and {"0", "2", "3"} <= set(by_workers)
@@ -131,3 +132,10 @@ def test_an_error_of_a_worker_is_met_again(tmp_path, monkeypatch):
     assert found["failed"] == "made up"
     with pytest.raises(ValueError, match="another num_images"):
         workers.share_study(Study(**{**vars(STUDY), "num_images": 7}), tmp_path, workers=2)
+
+
+def test_accelerators_are_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "cores", lambda: [0, 1])
+    monkeypatch.setattr(workers.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="here is a gpu: start the command several times"):
+        workers.share_study(STUDY, tmp_path, workers=2)
