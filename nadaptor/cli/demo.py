@@ -44,10 +44,11 @@ def demo_command(
         num_devices: Devices to train on; by default all accelerators, or as many CPU devices, one
             per core, as divide the batch.
         workers: Processes that share the networks, each with its part of the cores; by default one
-            per core on a CPU, but no more than seeds, and one with accelerators.
+            per core on a CPU, but no more than seeds, and one with accelerators or --num-devices.
     """
     options = Options(num_devices=spread_over_cores(num_devices))
     study = dataclasses.replace(STUDY, seeds=seeds)
     if workers is None:
-        workers = min(len(cores()), seeds) if jax.default_backend() == "cpu" else 1
+        alone = num_devices is not None or jax.default_backend() != "cpu"
+        workers = 1 if alone else min(len(cores()), seeds)
     run_demo(study, workdir, out or workdir / "results", options, workers)

@@ -53,7 +53,8 @@ def share_study(study: Study, workdir: Path, options: Options = DEFAULT, workers
         As `run_study`.
 
     Raises:
-        ValueError: as `run_study`, there are fewer cores than workers, or accelerators.
+        ValueError: as `run_study`, there are fewer cores than workers or than their devices, or
+            accelerators.
         Interrupted: a signal came; the workers have said what is saved.
         OutOfTimeError: as `run_study`.
     """
@@ -65,6 +66,12 @@ def share_study(study: Study, workdir: Path, options: Options = DEFAULT, workers
         raise ValueError(
             f"workers share the cores of a CPU, and here is a {platform}: start the command several"
             " times, each with a device of its own"
+        )
+    devices, least = options.num_devices, len(cores()) // workers
+    if isinstance(devices, int) and devices > least:
+        raise ValueError(
+            f"num_devices must be at most {least}, a worker's cores, with {workers} workers, not "
+            f"{devices}"
         )
     deadline, of_all = Deadline(options.max_minutes), (study, workdir, options)
     _run([Part(n, workers, cores()[n::workers], _settings()) for n in range(workers)], of_all)

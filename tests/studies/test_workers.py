@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nadaptor.cli import demo as of_demo
 from nadaptor.errors import OutOfTimeError
 from nadaptor.parallel import cores as of_process
 from nadaptor.studies import study as grid
@@ -139,3 +140,21 @@ def test_accelerators_are_not_shared(tmp_path, monkeypatch):
     monkeypatch.setattr(workers.jax, "default_backend", lambda: "gpu")
     with pytest.raises(ValueError, match="here is a gpu: start the command several times"):
         workers.share_study(STUDY, tmp_path, workers=2)
+
+
+def test_a_worker_has_no_more_devices_than_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "cores", lambda: [0, 1, 2])
+    with pytest.raises(ValueError, match="at most 1, a worker's cores, with 2 workers, not 2"):
+        workers.share_study(STUDY, tmp_path, Options(num_devices=2), workers=2)
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, 2), (1, 1)])
+def test_the_demo_takes_a_worker_per_core_unless_it_is_told_its_devices(
+    asked, found, tmp_path, monkeypatch
+):
+    shared = []
+    monkeypatch.setattr(of_demo, "cores", lambda: [0, 1])
+    monkeypatch.setattr(of_demo, "spread_over_cores", lambda devices: devices)
+    monkeypatch.setattr(of_demo, "run_demo", lambda *given: shared.append(given[-1]))
+    of_demo.demo_command(workdir=tmp_path, num_devices=asked)
+    assert shared == [found]
