@@ -34,13 +34,14 @@ Variant = Literal[
     "noise_adaptor_half",
     "noise_adaptor_relu_start",
     "noise_adaptor_relu_start_unscaled",
+    "any_level_1_2",
 ]
 # The activations of the table that become spikes, and variants of them.
 Method = Literal[Spiking, Variant]
 # What a method sets in a config beside p, where that is more than the activation of its name:
 # Eq. 7's own gradient in place of Eq. 10, LSQ's factor on the gradient of the scale, noise of half
 # the width, scales that are measured on the parent's network with ReLUs, and those without the
-# factor.
+# factor; each step's levels drawn from 1 and 2 alone.
 METHODS: Mapping[Method, Mapping[str, Any]] = {
     "lsq_unscaled": {"activation": "lsq", "scale_gradient": False},
     "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
@@ -54,6 +55,11 @@ METHODS: Mapping[Method, Mapping[str, Any]] = {
         "scale_gradient": False,
     },
     "any_level": {"gradient": "exact", "scale_gradient": False},
+    "any_level_1_2": {
+        "activation": "any_level",
+        "drawn_levels": (1, 2),
+        "scale_gradient": False,
+    },
 }
 # Methods whose levels are not a choice: one network serves every p of the study.
 FIXED_LEVELS: Mapping[str, int] = {
