@@ -65,8 +65,9 @@ def lines(process):
 
 @needs_two_cores
 def test_each_cell_is_measured_by_one_worker_on_cores_of_its_own(tmp_path):
-    # Until both have a cell, neither ends one.
-    both = "while len(list(Path('s').rglob('.*.lock'))) < 2 and cell.seed < 2: time.sleep(0.01)"
+    # Until both have had a cell, neither ends one.
+    both = """Path(f"{os.getpid()}.begun").touch()
+    while len(list(Path().glob("*.begun"))) < 2: time.sleep(0.01)"""
     said = [line.split() for line in lines(start(tmp_path, both))]
     cells = [(mark, int(seed), set(own)) for mark, word, seed, *own in said[:-1] if word == "cell"]
     assert sorted(seed for _, seed, _ in cells) == [0, 1, 2, 3]
