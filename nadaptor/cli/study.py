@@ -19,6 +19,7 @@ from nadaptor.cli.command import (
     spread_over_cores,
 )
 from nadaptor.configs.inference import TWO_STAGES
+from nadaptor.studies.differences import named_network
 from nadaptor.studies.named import STUDIES
 from nadaptor.studies.study import FIXED_LEVELS, Study
 from nadaptor.studies.table import write_study
@@ -39,6 +40,8 @@ class StudyCommand:
     out: Path | None = None
     # Processes of this machine that share the cells, each with its part of the cores; for CPUs.
     workers: int = 1
+    # Network, as "noise_adaptor_p2", that all others are held against in a table of its own.
+    against: str | None = None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -48,7 +51,8 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the words after the command.
 
     Raises:
-        ValueError: as `share_study`, there is no study of that name, or an option would do nothing.
+        ValueError: as `share_study`, there is no study or network of that name, or an option would
+            do nothing.
     """
     asked = parse_named(
         {name: _command(name, make) for name, make in STUDIES.items()},
@@ -59,10 +63,13 @@ def main(arguments: Sequence[str]) -> None:
     )
     _refuse_idle(asked, STUDIES[arguments[0]]())
     check_weights(asked.options.init_from)
+    if asked.against is not None:
+        named_network(asked.study, asked.against)
     count = spread_over_cores(asked.options.num_devices)
     options = dataclasses.replace(asked.options, num_devices=count)
     cells = share_study(asked.study, asked.workdir, options, asked.workers)
-    write_study(asked.study, cells, asked.workdir / "results" if asked.out is None else asked.out)
+    out = asked.workdir / "results" if asked.out is None else asked.out
+    write_study(asked.study, cells, out, asked.against)
 
 
 def _refuse_idle(asked: StudyCommand, default: Study) -> None:

@@ -1,10 +1,11 @@
 """What the noise adaptor gains or costs against LSQ at each T, over how well training is fitted.
 
 Both methods of one seed start from one parent and see the same images in the same order: the
-difference is taken for each seed, and its standard deviation is that over seeds.
+difference is taken for each seed, and its standard deviation is that over seeds. In the same way
+all networks of a study are held against a chosen one of them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +32,15 @@ PAIRS: Mapping[Method, Method] = {
 
 
 class Difference(NamedTuple):
-    """The noise adaptor's network against LSQ's of the same levels and axis values, in points."""
+    """A network against another of the same axis values, as the noise adaptor's against LSQ's."""
 
-    network: Network  # with the adaptor
+    network: Network
     correction: CorrectionName
     seeds: int
-    training_accuracy: tuple[float, float]  # LSQ's and the adaptor's, noise off, mean in %
-    mean: dict[str, float]  # "ANN" and "T = t" -> adaptor minus LSQ
+    training_accuracy: tuple[float, float]  # the other's and the network's, noise off, mean in %
+    mean: dict[str, float]  # "ANN" and "T = t" -> the network minus the other, in points
     std: dict[str, float]  # sample standard deviation of the paired differences; nan for one seed
+    ahead: dict[str, int]  # in how many seeds the network is ahead
 
 
 def differences_of(study: Study, cells: Cells) -> list[Difference]:
@@ -48,7 +50,63 @@ def differences_of(study: Study, cells: Cells) -> list[Difference]:
         study: with methods that `PAIRS` has; without a whole pair there is none.
         cells: from `run_study`. A seed of which one of the two networks failed is left out.
     """
-    return list(_differences(study, cells))
+    return list(_differences(study, cells, _plain))
+
+
+def against(study: Study, cells: Cells, other: str) -> list[Difference]:
+    """Returns the differences of all networks of a study from one, in the order of its networks.
+
+    Args:
+        study: what was compared.
+        cells: from `run_study`. A seed of which one of the two networks failed is left out.
+        other: which one, as `noise_adaptor_p2`; a network of other axis values is held against the
+            one of the same values.
+
+    Raises:
+        ValueError: the study has no such network.
+    """
+    chosen = named_network(study, other)
+
+    def other_of(network: Network) -> Network | None:
+        found = chosen._replace(values=network.values)
+        return None if found == network else found
+
+    return list(_differences(study, cells, other_of))
+
+
+def named_network(study: Study, name: str) -> Network:
+    """Returns the network of a study that has a name when its axis values are left out.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> named_network(Study(methods=("lsq",), levels=(2,), epochs=(3, 30)), "lsq_p2").method
+        'lsq'
+    """
+    named = {network._replace(values=()).name: network for network in networks_of(study)}
+    if name not in named:
+        raise ValueError(f"{name!r} is no network of the study; those are {', '.join(named)}")
+    return named[name]
+
+
+def write_against(study: Study, cells: Cells, other: str, out: Path) -> None:
+    """Writes `against.csv` and `against.md`: all networks minus `other`, and in how many seeds.
+
+    Args:
+        study: what was compared.
+        cells: from `run_study`.
+        other: as for `against`.
+        out: folder for the files.
+
+    Raises:
+        ValueError: the study has no such network.
+    """
+    found = against(study, cells, other)
+    write_csv(out / "against.csv", [_row(d, "other", "network") for d in found])
+    table = markdown([_line(d, other, "network", count=True) for d in found])
+    write_bytes(out / "against.md", f"{table}\n".encode())
+    print(f"Minus {other}, in points, and the share of seeds ahead\n\n{table}\n")
 
 
 def write_differences(study: Study, cells: Cells, out: Path) -> bool:
@@ -67,25 +125,31 @@ def write_differences(study: Study, cells: Cells, out: Path) -> bool:
     found = differences_of(study, cells)
     if not found:
         return False
-    write_csv(out / "differences.csv", [_row(d) for d in found])
-    table = markdown([_line(d) for d in found])
+    write_csv(out / "differences.csv", [_row(d, "lsq", "adaptor") for d in found])
+    table = markdown([_line(d, "LSQ", "adaptor") for d in found])
     write_bytes(out / "differences.md", f"{table}\n".encode())
     print(f"The noise adaptor minus LSQ, in points\n\n{table}\n")
     _plot(found, f"noise adaptor minus LSQ, {study.split} points", out / "differences.png")
     return True
 
 
-def _differences(study: Study, cells: Cells) -> Iterator[Difference]:
+def _plain(network: Network) -> Network | None:
+    """The network without noise that a network with noise is compared with."""
+    plain = PAIRS.get(network.method)
+    return network._replace(method=plain) if plain else None
+
+
+def _differences(
+    study: Study, cells: Cells, other_of: Callable[[Network], Network | None]
+) -> Iterator[Difference]:
     networks = networks_of(study)
     for network in networks:
-        if network.method not in PAIRS:
-            continue
-        plain = network._replace(method=PAIRS[network.method])
-        if plain not in networks:
+        other = other_of(network)
+        if other is None or other not in networks:
             continue
         for correction in study.corrections:
             pairs = [
-                [cells[Cell(n, correction, seed)] for n in (plain, network)]
+                [cells[Cell(n, correction, seed)] for n in (other, network)]
                 for seed in range(study.seeds)
             ]
             pairs = [pair for pair in pairs if not any("failed" in m for m in pair)]
@@ -98,7 +162,7 @@ def _difference(
 ) -> Difference:
     figures = [[_figures(study, m) for m in pair] for pair in pairs]
     of_seeds = {
-        name: [100 * (noisy[name] - plain[name]) for plain, noisy in figures]
+        name: [100 * (own[name] - other[name]) for other, own in figures]
         for name in figures[0][0]
     }
     fitted = 100 * np.mean([[m["training_accuracy"] for m in pair] for pair in pairs], axis=0)
@@ -109,6 +173,7 @@ def _difference(
         (float(fitted[0]), float(fitted[1])),
         {name: float(np.mean(values)) for name, values in of_seeds.items()},
         {name: _std(values) for name, values in of_seeds.items()},
+        {name: sum(value > 0 for value in values) for name, values in of_seeds.items()},
     )
 
 
@@ -121,29 +186,32 @@ def _std(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
-def _row(found: Difference) -> dict[str, Any]:
+def _row(found: Difference, other: str, own: str) -> dict[str, Any]:
     return {
         "network": found.network.name,
         "correction": found.correction,
         "seeds": found.seeds,
-        "training_accuracy_lsq": f"{found.training_accuracy[0]:.2f}",
-        "training_accuracy_adaptor": f"{found.training_accuracy[1]:.2f}",
+        f"training_accuracy_{other}": f"{found.training_accuracy[0]:.2f}",
+        f"training_accuracy_{own}": f"{found.training_accuracy[1]:.2f}",
         **{name: f"{value:.2f}" for name, value in found.mean.items()},
         **{f"{name} deviation": f"{value:.2f}" for name, value in found.std.items()},
+        **{f"{name} seeds ahead": str(count) for name, count in found.ahead.items()},
     }
 
 
-def _line(found: Difference) -> dict[str, str]:
+def _line(found: Difference, other: str, own: str, *, count: bool = False) -> dict[str, str]:
+    def figure(name: str, value: float) -> str:
+        deviation = "" if found.seeds == 1 else f"±{found.std[name]:.2f}"
+        share = f" ({found.ahead[name]}/{found.seeds})" if count else ""
+        return f"{value:+.2f}{deviation}{share}"
+
     return {
         "network": found.network.name,
         "correction": found.correction,
         "seeds": str(found.seeds),
-        "training, LSQ": f"{found.training_accuracy[0]:.1f}",
-        "training, adaptor": f"{found.training_accuracy[1]:.1f}",
-        **{
-            name: f"{value:+.2f}" + ("" if found.seeds == 1 else f"±{found.std[name]:.2f}")
-            for name, value in found.mean.items()
-        },
+        f"training, {other}": f"{found.training_accuracy[0]:.1f}",
+        f"training, {own}": f"{found.training_accuracy[1]:.1f}",
+        **{name: figure(name, value) for name, value in found.mean.items()},
     }
 
 

@@ -11,7 +11,7 @@ from nadaptor.configs.inference import CorrectionName, get_inference
 from nadaptor.configs.paper import published
 from nadaptor.reports.plots import Curve, plot_panels
 from nadaptor.reports.tables import markdown
-from nadaptor.studies.differences import write_differences
+from nadaptor.studies.differences import write_against, write_differences
 from nadaptor.studies.study import (
     FIXED_LEVELS,
     Cell,
@@ -24,7 +24,7 @@ from nadaptor.studies.study import (
 )
 
 
-def write_study(study: Study, cells: Cells, out: Path) -> None:
+def write_study(study: Study, cells: Cells, out: Path, against: str | None = None) -> None:
     """Writes a study as `grid.csv`, `table.md`, `accuracy.png` and `total_steps.png`.
 
     Where it has the noise adaptor and LSQ, their differences are written, too.
@@ -33,6 +33,11 @@ def write_study(study: Study, cells: Cells, out: Path) -> None:
         study: what was compared.
         cells: from `run_study`.
         out: folder for the files.
+        against: a network, as `noise_adaptor_p2`, from which the differences of all others are
+            written, too.
+
+    Raises:
+        ValueError: the study has no network of that name.
     """
     write_csv(out / "grid.csv", _rows(study, cells))
     lines = [_summary(study, cells, n, c) for n, c in lines_of(study)]
@@ -60,6 +65,8 @@ def write_study(study: Study, cells: Cells, out: Path) -> None:
     }
     plot_panels(by_method, label, out / "total_steps.png", total=True)
     write_differences(study, cells, out)
+    if against is not None:
+        write_against(study, cells, against, out)
 
 
 def _rows(study: Study, cells: Cells) -> list[dict[str, Any]]:

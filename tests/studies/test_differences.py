@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from nadaptor.studies.differences import differences_of, write_differences
+from nadaptor.studies.differences import against, differences_of, write_against, write_differences
 from nadaptor.studies.study import Study, cells_of
 
 STUDY = Study(
@@ -73,3 +73,26 @@ def test_the_files_say_what_the_differences_are(tmp_path, cells):
     assert rows[0]["T = 1 deviation"] == "25.00"
     assert "+50.00±25.00" in (tmp_path / "differences.md").read_text()
     assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_networks_are_held_against_one_of_their_own_axis_values(cells):
+    found = against(STUDY, cells, "lsq_p2")
+    names = [difference.network.name for difference in found]
+    assert names == [f"{m}_p2-epochs{e}" for e in (1, 8) for m in ("noise_adaptor", "qcfs")]
+    adaptor, qcfs = found[:2]
+    assert adaptor == differences_of(STUDY, cells)[0]
+    assert adaptor.ahead == {"ANN": 0, "T = 1": 3, "T = 2": 0}
+    assert set(qcfs.mean.values()) == {0} and qcfs.training_accuracy == (50, 50)
+
+
+def test_the_files_against_one_say_in_how_many_seeds_the_others_are_ahead(tmp_path, cells):
+    write_against(STUDY, cells, "lsq_p2", tmp_path)
+    rows = list(csv.DictReader((tmp_path / "against.csv").read_text().splitlines()))
+    assert [row["T = 1 seeds ahead"] for row in rows] == ["3", "0", "3", "0"]
+    table = (tmp_path / "against.md").read_text()
+    assert "+50.00±25.00 (3/3)" in table and "training, lsq_p2" in table
+
+
+def test_a_network_that_a_study_lacks_is_refused_with_those_it_has(cells):
+    with pytest.raises(ValueError, match="'lsq_p4' is no network of the study; those are lsq_p2"):
+        against(STUDY, cells, "lsq_p4")

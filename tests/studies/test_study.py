@@ -353,3 +353,11 @@ def test_only_the_two_stage_corrections_spend_steps(name):
 def test_an_unknown_correction_is_refused():
     with pytest.raises(ValueError, match="there are none, negative-spikes"):
         get_inference("other")
+
+
+def test_an_unknown_network_to_hold_against_is_refused_before_anything_is_trained(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command, "share_study", lambda *_: pytest.fail("a study was begun"))
+    with pytest.raises(ValueError, match="'noise_adaptor_p3' is no network of the study"):
+        command.main(["fit", "--workdir", str(tmp_path), "--against", "noise_adaptor_p3"])
