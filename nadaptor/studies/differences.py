@@ -162,8 +162,7 @@ def _difference(
 ) -> Difference:
     figures = [[_figures(study, m) for m in pair] for pair in pairs]
     of_seeds = {
-        name: [100 * (own[name] - other[name]) for other, own in figures]
-        for name in figures[0][0]
+        name: [100 * (own[name] - other[name]) for other, own in figures] for name in figures[0][0]
     }
     fitted = 100 * np.mean([[m["training_accuracy"] for m in pair] for pair in pairs], axis=0)
     return Difference(
