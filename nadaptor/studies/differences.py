@@ -28,6 +28,7 @@ PAIRS: Mapping[Method, Method] = {
     "noise_adaptor_relu_start_unscaled": "lsq_unscaled",
     "any_level": "lsq",
     "any_level_1_2": "lsq_unscaled",
+    "any_level_1_2_scaled": "lsq",
 }
 
 

@@ -35,13 +35,14 @@ Variant = Literal[
     "noise_adaptor_relu_start",
     "noise_adaptor_relu_start_unscaled",
     "any_level_1_2",
+    "any_level_1_2_scaled",
 ]
 # The activations of the table that become spikes, and variants of them.
 Method = Literal[Spiking, Variant]
 # What a method sets in a config beside p, where that is more than the activation of its name:
 # Eq. 7's own gradient in place of Eq. 10, LSQ's factor on the gradient of the scale, noise of half
 # the width, scales that are measured on the parent's network with ReLUs, and those without the
-# factor; each step's levels drawn from 1 and 2 alone.
+# factor; each step's levels drawn from 1 and 2 alone, without the factor and with it.
 METHODS: Mapping[Method, Mapping[str, Any]] = {
     "lsq_unscaled": {"activation": "lsq", "scale_gradient": False},
     "noise_adaptor_exact": {"activation": "noise_adaptor", "gradient": "exact"},
@@ -59,6 +60,11 @@ METHODS: Mapping[Method, Mapping[str, Any]] = {
         "activation": "any_level",
         "drawn_levels": (1, 2),
         "scale_gradient": False,
+    },
+    "any_level_1_2_scaled": {
+        "activation": "any_level",
+        "drawn_levels": (1, 2),
+        "scale_gradient": True,
     },
 }
 # Methods whose levels are not a choice: one network serves every p of the study.

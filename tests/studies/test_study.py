@@ -91,7 +91,8 @@ def test_the_command_measures_the_cells_that_are_missing_and_writes_the_grid(tmp
 def test_the_methods_are_the_activations_that_become_spikes_and_variants_of_them():
     spiking = {name for name, entry in ACTIVATIONS.items() if entry.converts_as}
     of_the_adaptor = ("exact", "scaled", "unscaled", "half", "relu_start", "relu_start_unscaled")
-    variants = {"lsq_unscaled", "any_level_1_2"} | {f"noise_adaptor_{v}" for v in of_the_adaptor}
+    variants = {"lsq_unscaled", "any_level_1_2", "any_level_1_2_scaled"}
+    variants |= {f"noise_adaptor_{v}" for v in of_the_adaptor}
     assert set(typing.get_args(grid.Method)) == spiking | variants
     assert {grid.METHODS[name]["activation"] for name in variants} <= spiking
 
@@ -312,8 +313,12 @@ def test_a_variant_changes_its_own_field_alone():
     assert replace(plain, name=exact.name, gradient="exact") == exact
 
 
-def test_any_level_training_from_two_levels_has_the_gradient_of_the_adaptor_without_the_factor():
-    study = Study(methods=("noise_adaptor_unscaled", "any_level_1_2"), levels=(2,), seeds=1)
+@pytest.mark.parametrize(
+    "methods",
+    [("noise_adaptor_unscaled", "any_level_1_2"), ("noise_adaptor_scaled", "any_level_1_2_scaled")],
+)
+def test_any_level_training_from_two_levels_has_the_gradient_of_the_adaptor(methods):
+    study = Study(methods=methods, levels=(2,), seeds=1)
     adaptor, drawn = (config_of(c, study) for c in cells_of(study) if c.correction == "none")
     changed = {"name": drawn.name, "activation": "any_level", "drawn_levels": (1, 2)}
     assert replace(adaptor, **changed) == drawn
