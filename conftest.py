@@ -1,3 +1,5 @@
+import ctypes
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -13,7 +15,9 @@ LEVEL = "--xla_backend_optimization_level"
 # What fuses operations by MLIR takes half of the rest. Later versions have no other way, and end at
 # a flag that they do not know.
 EMITTERS = "--xla_cpu_use_fusion_emitters"
-FLAGS = {FLAG: "8", LEVEL: "1"}
+# Both cores are at work already: a program in pieces, for as many threads, is work on top.
+PIECES = "--xla_cpu_parallel_codegen_split_count"
+FLAGS = {FLAG: "8", LEVEL: "1", PIECES: "1"}
 if importlib.metadata.version("jax").startswith("0.10."):
     FLAGS[EMITTERS] = "false"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -28,16 +32,28 @@ CACHE = pathlib.Path(__file__).parent / ".cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
+# Where in the source an operation comes from takes a walk up the stack for each.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Threads of NumPy's that wait for work are busy while they do.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # A worker that holds more gives back what it has compiled, which is then read from the cache.
 MOST_BYTES = 3 * 2**29
+# Objects between two looks for cycles: tracing makes many that live long. Python's own are 700.
+OBJECTS = 100_000
 
 
 def pytest_configure():
     import jax
 
     jax.config.update("jax_debug_key_reuse", True)
+    gc.set_threshold(OBJECTS, 20, 50)
+
+
+def pytest_collection_finish():
+    """What has been imported lives to the end: no search for cycles passes it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +73,10 @@ def _bounded_memory():
         import jax
 
         jax.clear_caches()
+        gc.collect()
+        # Else what is freed stays the process's, and every later file would clear once more.
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_bytes():
