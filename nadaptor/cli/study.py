@@ -21,8 +21,9 @@ from nadaptor.cli.command import (
 from nadaptor.configs.inference import TWO_STAGES
 from nadaptor.studies.differences import named_network
 from nadaptor.studies.named import STUDIES
-from nadaptor.studies.study import FIXED_LEVELS, Study
+from nadaptor.studies.study import Study
 from nadaptor.studies.table import write_study
+from nadaptor.studies.variants import FIXED_LEVELS
 from nadaptor.studies.workers import share_study
 from nadaptor.training.options import Options
 

@@ -16,7 +16,8 @@ from nadaptor.checkpoints.checkpoint import versions
 from nadaptor.errors import RunError
 from nadaptor.reports.plots import Curve, plot_accuracy
 from nadaptor.reports.tables import markdown
-from nadaptor.studies.study import Method, Study
+from nadaptor.studies.study import Study
+from nadaptor.studies.variants import Method
 from nadaptor.studies.workers import share_study
 from nadaptor.training.options import DEFAULT, Options
 

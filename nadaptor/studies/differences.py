@@ -5,7 +5,7 @@ difference is taken for each seed, and its standard deviation is that over seeds
 all networks of a study are held against a chosen one of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,21 +15,8 @@ from nadaptor._files import write_bytes, write_csv
 from nadaptor.configs.inference import CorrectionName
 from nadaptor.reports.plots import figure_bytes, new_figure
 from nadaptor.reports.tables import markdown
-from nadaptor.studies.study import Cell, Cells, Method, Network, Study, networks_of
-
-# Each method with noise, and what it is compared with: LSQ with its factor on the scales' gradient
-# or, where the method goes without, without. "any_level" is held against plain LSQ.
-PAIRS: Mapping[Method, Method] = {
-    "noise_adaptor": "lsq",
-    "noise_adaptor_exact": "lsq",
-    "noise_adaptor_unscaled": "lsq_unscaled",
-    "noise_adaptor_half": "lsq",
-    "noise_adaptor_relu_start": "lsq",
-    "noise_adaptor_relu_start_unscaled": "lsq_unscaled",
-    "any_level": "lsq",
-    "any_level_1_2": "lsq_unscaled",
-    "any_level_1_2_scaled": "lsq",
-}
+from nadaptor.studies.study import Cell, Cells, Network, Study, networks_of
+from nadaptor.studies.variants import PAIRS
 
 
 class Difference(NamedTuple):

@@ -13,7 +13,6 @@ from nadaptor.reports.plots import Curve, plot_panels
 from nadaptor.reports.tables import markdown
 from nadaptor.studies.differences import write_against, write_differences
 from nadaptor.studies.study import (
-    FIXED_LEVELS,
     Cell,
     Cells,
     Network,
@@ -22,6 +21,7 @@ from nadaptor.studies.study import (
     lines_of,
     networks_of,
 )
+from nadaptor.studies.variants import FIXED_LEVELS
 
 
 def write_study(study: Study, cells: Cells, out: Path, against: str | None = None) -> None:

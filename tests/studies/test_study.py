@@ -8,21 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
 import pytest
 
 from nadaptor.cli import study as command
-from nadaptor.configs.config import check_config, replace
+from nadaptor.configs.config import check_config
 from nadaptor.configs.inference import CORRECTIONS, get_inference
 from nadaptor.configs.named import parent_of
 from nadaptor.data.registry import open_source, open_split
 from nadaptor.errors import OutOfTimeError, PassingError, RunError
 from nadaptor.evaluation.accuracy import ann_accuracy, snn_accuracy
-from nadaptor.models.config import ACTIVATIONS
 from nadaptor.studies import study as grid
-from nadaptor.studies.differences import PAIRS
 from nadaptor.studies.named import STUDIES
 from nadaptor.studies.study import Study, cells_of, config_of, run_study
 from nadaptor.studies.table import write_study
@@ -86,15 +83,6 @@ def test_the_command_measures_the_cells_that_are_missing_and_writes_the_grid(tmp
     found = {(row["correction"], int(row["t"])): float(row["accuracy"]) for row in rows}
     wanted = {(c.correction, t): 0.1 * t for c in figures for t in STUDY.reported_steps}
     assert found == pytest.approx(wanted)
-
-
-def test_the_methods_are_the_activations_that_become_spikes_and_variants_of_them():
-    spiking = {name for name, entry in ACTIVATIONS.items() if entry.converts_as}
-    of_the_adaptor = ("exact", "scaled", "unscaled", "half", "relu_start", "relu_start_unscaled")
-    variants = {"lsq_unscaled", "any_level_1_2", "any_level_1_2_scaled"}
-    variants |= {f"noise_adaptor_{v}" for v in of_the_adaptor}
-    assert set(typing.get_args(grid.Method)) == spiking | variants
-    assert {grid.METHODS[name]["activation"] for name in variants} <= spiking
 
 
 def test_a_study_resumes_with_the_cells_that_are_missing(done, monkeypatch):
@@ -305,29 +293,6 @@ def test_every_named_study_is_valid_and_says_how_it_is_run(name):
     assert f"python -m nadaptor.study {name}" in STUDIES[name].__doc__
     configs = [check_config(config_of(cell, STUDIES[name]())) for cell in cells_of(STUDIES[name]())]
     assert len({(c.name, c.seed) for c in configs}) == len(set(configs))
-
-
-def test_a_variant_changes_its_own_field_alone():
-    study = Study(methods=("noise_adaptor", "noise_adaptor_exact"), levels=(2,), seeds=1)
-    plain, exact = (config_of(c, study) for c in cells_of(study) if c.correction == "none")
-    assert replace(plain, name=exact.name, gradient="exact") == exact
-
-
-@pytest.mark.parametrize(
-    "methods",
-    [("noise_adaptor_unscaled", "any_level_1_2"), ("noise_adaptor_scaled", "any_level_1_2_scaled")],
-)
-def test_any_level_training_from_two_levels_has_the_gradient_of_the_adaptor(methods):
-    study = Study(methods=methods, levels=(2,), seeds=1)
-    adaptor, drawn = (config_of(c, study) for c in cells_of(study) if c.correction == "none")
-    changed = {"name": drawn.name, "activation": "any_level", "drawn_levels": (1, 2)}
-    assert replace(adaptor, **changed) == drawn
-
-
-def test_a_variant_of_two_settings_changes_what_each_alone_changes():
-    start, factor = (grid.METHODS[f"noise_adaptor_{name}"] for name in ("relu_start", "unscaled"))
-    assert grid.METHODS["noise_adaptor_relu_start_unscaled"] == start | factor
-    assert PAIRS["noise_adaptor_relu_start_unscaled"] == PAIRS["noise_adaptor_unscaled"]
 
 
 def test_the_papers_figures_stand_below_a_network_of_its_tables(tmp_path):
