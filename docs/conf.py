@@ -61,6 +61,7 @@ PAGES = {
         "RESULTS",
         "docs/results/paper",
         "docs/results/fit",
+        "docs/results/recipe",
         "docs/results/cifar10_cpu",
         "docs/results/beyond",
         "docs/results/digits",
