@@ -51,7 +51,7 @@ def against(study: Study, cells: Cells, other: str) -> list[Difference]:
             one of the same values.
 
     Raises:
-        ValueError: the study has no such network.
+        ValueError: the study has no such network, or no other.
     """
     chosen = named_network(study, other)
 
@@ -66,15 +66,17 @@ def named_network(study: Study, name: str) -> Network:
     """Returns the network of a study that has a name when its axis values are left out.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no other.
 
     Example:
-        >>> named_network(Study(methods=("lsq",), levels=(2,), epochs=(3, 30)), "lsq_p2").method
+        >>> named_network(Study(methods=("lsq", "qcfs"), levels=(2,)), "lsq_p2").method
         'lsq'
     """
     named = {network._replace(values=()).name: network for network in networks_of(study)}
     if name not in named:
         raise ValueError(f"{name!r} is no network of the study; those are {', '.join(named)}")
+    if len(named) == 1:
+        raise ValueError(f"the study has no network but {name!r} to hold against it; name more")
     return named[name]
 
 

@@ -96,3 +96,5 @@ def test_the_files_against_one_say_in_how_many_seeds_the_others_are_ahead(tmp_pa
 def test_a_network_that_a_study_lacks_is_refused_with_those_it_has(cells):
     with pytest.raises(ValueError, match="'lsq_p4' is no network of the study; those are lsq_p2"):
         against(STUDY, cells, "lsq_p4")
+    with pytest.raises(ValueError, match="no network but 'lsq_p2'"):
+        against(dataclasses.replace(STUDY, methods=("lsq",)), cells, "lsq_p2")
