@@ -20,10 +20,9 @@ from nadaptor.data.registry import open_split
 from nadaptor.data.source import check_identity
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.parallel import agree, start_processes
-from nadaptor.reports.tables import percent
 from nadaptor.training.feed import open_feed
 from nadaptor.training.logs import Log, Pace
-from nadaptor.training.monitor import EMPTY, Tally, add_step, epoch_row, restore_tally
+from nadaptor.training.monitor import EMPTY, Tally, add_step, epoch_row, restore_tally, verdict
 from nadaptor.training.options import DEFAULT, ENDLESS, Deadline, Options
 from nadaptor.training.run import Run, first_state, open_run, read_weights, state_shape
 from nadaptor.training.signals import told_to_end
@@ -200,7 +199,8 @@ def _go_on(run: Run, workdir: Path, folder: Path, deadline: Deadline) -> Path:
     if run.devices.process_index == 0:
         card = {**said, "parent": start.card.get("parent"), "metrics": metrics}
         save_checkpoint(checkpoint, "ann", variables, card)
-        print(f"{config.name}: validation accuracy {percent(metrics['validation_accuracy'])}")
+        measured, spec = metrics["validation_accuracy"], run.images.spec
+        print(f"{config.name}: {verdict(measured, run.validation.size, spec.num_classes)}")
     return checkpoint
 
 

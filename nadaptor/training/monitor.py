@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 from nadaptor._files.card import fields_of
 from nadaptor.errors import RunError
+from nadaptor.reports.tables import percent
 
 # A loss that stays for so many steps above so many times that of guessing does not come back.
 DIVERGED_FACTOR, DIVERGED_STEPS = 10.0, 20
@@ -72,6 +73,27 @@ def epoch_row(tally: Tally, step: int, rate: float, accuracy: float) -> dict[str
         "images_per_second": rate,
         "validation_accuracy": accuracy,
     }
+
+
+def verdict(accuracy: float, count: int, num_classes: int) -> str:
+    """Returns what to say of a trained network's accuracy, with a remedy where it is chance.
+
+    Args:
+        accuracy: fraction of right validation images.
+        count: how many images those are.
+        num_classes: of which one is guessed.
+
+    Example:
+        >>> verdict(0.875, 500, 10)
+        'validation accuracy 87.50 %'
+        >>> verdict(0.128, 500, 10)
+        'validation accuracy 12.80 %, hardly better than guessing; lower the learning rate'
+    """
+    said, chance = f"validation accuracy {percent(accuracy)}", 1 / num_classes
+    deviation = math.sqrt(chance * (1 - chance) / count)
+    if num_classes < 2 or accuracy > chance + 3 * deviation:
+        return said
+    return f"{said}, hardly better than guessing; lower the learning rate"
 
 
 @dataclasses.dataclass(frozen=True)

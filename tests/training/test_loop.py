@@ -10,6 +10,7 @@ from nadaptor.configs.named import parent_of
 from nadaptor.data.registry import open_source, open_split
 from nadaptor.evaluation.accuracy import ann_accuracy
 from nadaptor.training import RunError, run, train
+from nadaptor.training.monitor import verdict
 from nadaptor.training.options import DEFAULT, Options
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -66,7 +67,9 @@ def test_a_run_on_two_devices_is_that_on_one_and_is_resumed_on_two(tiny, tmp_pat
         cards.append(load_card(checkpoint, "ann"))
     assert [card["setting"]["devices"] for card in cards] == [1, 2]
     assert cards[1]["metrics"]["loss"] == pytest.approx(cards[0]["metrics"]["loss"], rel=1e-4)
-    assert "x: starts at step 0 of 2 on 2 CPU devices" in capsys.readouterr().out
+    said, accuracy = capsys.readouterr().out, cards[1]["metrics"]["validation_accuracy"]
+    assert "x: starts at step 0 of 2 on 2 CPU devices" in said
+    assert said.endswith(f"x: {verdict(accuracy, config.data.validation_size, 10)}\n")
     for options, words in (
         (DEFAULT, "2 CPU devices\n"),
         (one, "1 CPU device; it was with devices 2"),

@@ -9,6 +9,7 @@ from nadaptor.training.monitor import (
     add_step,
     epoch_row,
     restore_tally,
+    verdict,
 )
 
 
@@ -62,3 +63,15 @@ def test_how_high_a_loss_is_goes_by_that_of_guessing(classes, limit):
 def test_a_card_whose_progress_is_not_whole_is_refused_by_the_field(card, word):
     with pytest.raises(ValueError, match=word):
         restore_tally(card)
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "classes", "chance"),
+    [(50, 500, 10, True), (70, 500, 10, True), (71, 500, 10, False), (9, 9, 1, False)],
+)
+def test_an_accuracy_within_three_deviations_of_chance_is_said_to_be_chance(
+    right, count, classes, chance
+):
+    # sqrt(500 * 0.1 * 0.9) = 6.7 images
+    said = verdict(right / count, count, classes)
+    assert said.endswith("; lower the learning rate") == chance
