@@ -80,7 +80,7 @@ def named_network(study: Study, name: str) -> Network:
     return named[name]
 
 
-def write_against(study: Study, cells: Cells, other: str, out: Path) -> None:
+def write_against(study: Study, cells: Cells, other: str, out: Path) -> bool:
     """Writes `against.csv` and `against.md`: all networks minus `other`, and in how many seeds.
 
     Args:
@@ -89,14 +89,20 @@ def write_against(study: Study, cells: Cells, other: str, out: Path) -> None:
         other: as for `against`.
         out: folder for the files.
 
+    Returns:
+        Whether there is any difference to write; none where all of its networks failed.
+
     Raises:
         ValueError: the study has no such network.
     """
     found = against(study, cells, other)
+    if not found:
+        return False
     write_csv(out / "against.csv", [_row(d, "other", "network") for d in found])
     table = markdown([_line(d, other, "network", count=True) for d in found])
     write_bytes(out / "against.md", f"{table}\n".encode())
     print(f"Minus {other}, in points, and the share of seeds ahead\n\n{table}\n")
+    return True
 
 
 def write_differences(study: Study, cells: Cells, out: Path) -> bool:

@@ -86,11 +86,17 @@ def test_all_networks_are_held_against_one_of_their_own_axis_values(cells):
 
 
 def test_the_files_against_one_say_in_how_many_seeds_the_others_are_ahead(tmp_path, cells):
-    write_against(STUDY, cells, "lsq_p2", tmp_path)
+    assert write_against(STUDY, cells, "lsq_p2", tmp_path)
     rows = list(csv.DictReader((tmp_path / "against.csv").read_text().splitlines()))
     assert [row["T = 1 seeds ahead"] for row in rows] == ["3", "0", "3", "0"]
     table = (tmp_path / "against.md").read_text()
     assert "+50.00±25.00 (3/3)" in table and "training, lsq_p2" in table
+
+
+def test_nothing_is_written_against_a_network_that_failed_in_every_seed(tmp_path, cells):
+    failed = {c: {"failed": "nan"} if c.network.method == "lsq" else m for c, m in cells.items()}
+    assert not write_against(STUDY, failed, "lsq_p2", tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_network_that_a_study_lacks_is_refused_with_those_it_has(cells):
