@@ -1,7 +1,7 @@
 // A convolution and its two gradients, in float32, of images [N, H, W, C] and kernels [I, J, C, K].
 //
-// All three are products whose sums stay in registers: six pixels by sixteen outputs, or six weights
-// by sixteen outputs. Images are copied with their border a few at a time, so that a pixel's patch is
+// All three are products whose sums stay in registers: six or eight pixels by sixteen outputs, or as
+// many weights by sixteen outputs. Images are copied with their border a few at a time, so that a pixel's patch is
 // I runs of J * C floats and no sum asks where an image ends. Each sum has one order, whatever the
 // batch and the threads.
 
@@ -13,11 +13,16 @@ namespace {
 
 using namespace nadaptor;
 
-// A vector of the compiler's own: on a machine of narrower ones it is several.
-constexpr int64_t kLanes = 8, kBlock = 2 * kLanes;
+// Outputs of a block, floats of a vector, and rows of registers: twelve sums, or eight of twice the
+// width, as many as are under way at once. A vector is the compiler's own: on a machine of narrower
+// ones it is several. No sum's order depends on them.
+#ifdef __AVX512F__
+constexpr int64_t kBlock = 16, kLanes = 16, kRows = 8;
+#else
+constexpr int64_t kBlock = 16, kLanes = 8, kRows = 6;
+#endif
+constexpr int kVectors = kBlock / kLanes;
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
-// Rows of registers: with kBlock columns, twelve sums.
-constexpr int64_t kRows = 6;
 // Pixels whose patches stay in the second-level cache while all blocks of weights go by.
 constexpr int64_t kLeastPixels = 128, kMostPixels = 1024;
 // Pixels that a weight's gradient adds up before it goes back to memory.
@@ -34,21 +39,18 @@ struct Places {
 // One block of outputs at kRows pixels: `rows` runs of `run` floats each.
 inline void sum_at(const float* x, const int64_t* from, float* out, const int64_t* to,
                    const float* w, int64_t rows, int64_t run, int64_t below) {
-  Floats sums[kRows][2] = {};
+  Floats sums[kRows][kVectors] = {};
   const float* at[kRows];
   for (int p = 0; p < kRows; p++) at[p] = x + from[p];
   for (int64_t i = 0; i < rows; i++) {
     for (int64_t r = 0; r < run; r++, w += kBlock)
-      for (int p = 0; p < kRows; p++) {
-        sums[p][0] += at[p][r] * *(const Floats*)w;
-        sums[p][1] += at[p][r] * *(const Floats*)(w + kLanes);
-      }
+      for (int p = 0; p < kRows; p++)
+        for (int v = 0; v < kVectors; v++)
+          sums[p][v] += at[p][r] * *(const Floats*)(w + v * kLanes);
     for (int p = 0; p < kRows; p++) at[p] += below;
   }
-  for (int p = 0; p < kRows; p++) {
-    *(Floats*)(out + to[p]) = sums[p][0];
-    *(Floats*)(out + to[p] + kLanes) = sums[p][1];
-  }
+  for (int p = 0; p < kRows; p++)
+    for (int v = 0; v < kVectors; v++) *(Floats*)(out + to[p] + v * kLanes) = sums[p][v];
 }
 
 void sum_all(const float* x, const int64_t* from, float* out, const int64_t* to, int64_t pixels,
@@ -221,35 +223,24 @@ ffi::Error ImageGradient(ffi::ThreadPool pool, Buffer g, Buffer w, Result x, int
 template <int R, bool Packed>
 inline __attribute__((always_inline)) void add_at(const float* x, const int64_t* from, const float* g,
                                                   int64_t pixels, float* dw, int64_t outputs) {
-  Floats sums[R][2];
-  for (int r = 0; r < R; r++) {
-    sums[r][0] = *(const Floats*)(dw + r * outputs);
-    sums[r][1] = *(const Floats*)(dw + r * outputs + kLanes);
-  }
+  Floats sums[R][kVectors];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < kVectors; v++) sums[r][v] = *(const Floats*)(dw + r * outputs + v * kLanes);
   for (int64_t p = 0; p < pixels; p++, g += kBlock) {
     const float* values = Packed ? x + p * R : x + from[p];
-    for (int r = 0; r < R; r++) {
-      sums[r][0] += values[r] * *(const Floats*)g;
-      sums[r][1] += values[r] * *(const Floats*)(g + kLanes);
-    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < kVectors; v++)
+        sums[r][v] += values[r] * *(const Floats*)(g + v * kLanes);
   }
-  for (int r = 0; r < R; r++) {
-    *(Floats*)(dw + r * outputs) = sums[r][0];
-    *(Floats*)(dw + r * outputs + kLanes) = sums[r][1];
-  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < kVectors; v++) *(Floats*)(dw + r * outputs + v * kLanes) = sums[r][v];
 }
 
-// Calls with a number that the compiler knows, from 1 to kRows.
-template <typename Call>
+// Calls with a number that the compiler knows, from 1 to N.
+template <int N = kRows, typename Call>
 inline void of_size(int64_t size, const Call& call) {
-  switch (size) {
-    case 1: return call(std::integral_constant<int, 1>());
-    case 2: return call(std::integral_constant<int, 2>());
-    case 3: return call(std::integral_constant<int, 3>());
-    case 4: return call(std::integral_constant<int, 4>());
-    case 5: return call(std::integral_constant<int, 5>());
-    case 6: return call(std::integral_constant<int, 6>());
-  }
+  if (size == N) return call(std::integral_constant<int, N>());
+  if constexpr (N > 1) of_size<N - 1>(size, call);
 }
 
 // R neighbouring weights of one row of the kernel, all blocks of outputs.
