@@ -1,9 +1,9 @@
 // A convolution and its two gradients, in float32, of images [N, H, W, C] and kernels [I, J, C, K].
 //
-// All three are products whose sums stay in registers: six or eight pixels by sixteen outputs, or as
-// many weights by sixteen outputs. Images are copied with their border a few at a time, so that a pixel's patch is
-// I runs of J * C floats and no sum asks where an image ends. Each sum has one order, whatever the
-// batch and the threads.
+// All three are products whose sums stay in registers: some pixels by sixteen outputs, or as many
+// weights by sixteen outputs. Images are copied with their border a few at a time, so that a pixel's
+// patch is I runs of J * C floats and no sum asks where an image ends. Each sum has one order,
+// whatever the batch and the threads.
 
 #include "convolve.h"
 

@@ -98,10 +98,9 @@ def write_against(study: Study, cells: Cells, other: str, out: Path) -> bool:
     found = against(study, cells, other)
     if not found:
         return False
-    write_csv(out / "against.csv", [_row(d, "other", "network") for d in found])
-    table = markdown([_line(d, other, "network", count=True) for d in found])
-    write_bytes(out / "against.md", f"{table}\n".encode())
-    print(f"Minus {other}, in points, and the share of seeds ahead\n\n{table}\n")
+    rows = [_row(d, "other", "network") for d in found]
+    lines = [_line(d, other, "network", count=True) for d in found]
+    _write(out / "against", rows, lines, f"Minus {other}, in points, and the share of seeds ahead")
     return True
 
 
@@ -121,10 +120,9 @@ def write_differences(study: Study, cells: Cells, out: Path) -> bool:
     found = differences_of(study, cells)
     if not found:
         return False
-    write_csv(out / "differences.csv", [_row(d, "lsq", "adaptor") for d in found])
-    table = markdown([_line(d, "LSQ", "adaptor") for d in found])
-    write_bytes(out / "differences.md", f"{table}\n".encode())
-    print(f"The noise adaptor minus LSQ, in points\n\n{table}\n")
+    rows = [_row(d, "lsq", "adaptor") for d in found]
+    lines = [_line(d, "LSQ", "adaptor") for d in found]
+    _write(out / "differences", rows, lines, "The noise adaptor minus LSQ, in points")
     _plot(found, f"noise adaptor minus LSQ, {study.split} points", out / "differences.png")
     return True
 
@@ -179,6 +177,16 @@ def _figures(study: Study, measured: Any) -> dict[str, float]:
 
 def _std(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def _write(
+    stem: Path, rows: Sequence[dict[str, Any]], lines: Sequence[dict[str, str]], title: str
+) -> None:
+    """Writes the rows as a CSV file and the lines as a table, and prints the table."""
+    write_csv(stem.with_suffix(".csv"), rows)
+    table = markdown(lines)
+    write_bytes(stem.with_suffix(".md"), f"{table}\n".encode())
+    print(f"{title}\n\n{table}\n")
 
 
 def _row(found: Difference, other: str, own: str) -> dict[str, Any]:
